@@ -1,0 +1,107 @@
+"""Turn a request into pictures with the loaded models. Knows no inputs, files or safety.
+
+Pictures are made one after another, each from a generator of its own: a picture then depends on its seed alone and
+not on how many were asked for, and the first one is ready as early as if it were the only one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from engine.loading import Model
+from errors import ModelError
+from images import composite
+from request import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """The loaded models, and the one way to use them."""
+
+    def __init__(self, models: Mapping[str, Model], device: torch.device) -> None:
+        self._models = models
+        self._device = device
+
+    def generate(self, request: GenerationRequest) -> Iterator[Image.Image]:
+        """Yield `request.num_outputs` RGB pictures of `request.size`, in order.
+
+        Raises:
+            ModelError: the model's numbers are not finite.
+        """
+        if request.image is not None and denoising_steps(request) == 0:
+            yield from (request.image.copy() for _ in range(request.num_outputs))
+            return
+        model = self._models[request.model]
+        pipeline = model.pipelines[request.mode]
+        prompt_embeds, pooled = self._encode_prompt(pipeline, model, request.prompt)
+        for index in range(request.num_outputs):
+            picture = self._denoise(pipeline, model, request, index, prompt_embeds, pooled)
+            if request.image is not None and request.mask is not None:
+                picture = composite(request.image, picture, request.mask)
+            yield picture
+
+    @torch.inference_mode()
+    def _encode_prompt(self, pipeline: DiffusionPipeline, model: Model, prompt: str) -> tuple[Tensor, Tensor]:
+        limit = model.profile.max_prompt_tokens
+        tokens = len(pipeline.tokenizer_2(prompt, truncation=False, verbose=False).input_ids)
+        if tokens > limit:
+            logger.warning(
+                "the prompt has %d tokens, of which %s reads the first %d", tokens, model.profile.name, limit
+            )
+        prompt_embeds, pooled, _ = pipeline.encode_prompt(
+            prompt=prompt, prompt_2=None, device=self._device, max_sequence_length=limit
+        )
+        return prompt_embeds, pooled
+
+    @torch.inference_mode()
+    def _denoise(
+        self,
+        pipeline: DiffusionPipeline,
+        model: Model,
+        request: GenerationRequest,
+        index: int,
+        prompt_embeds: Tensor,
+        pooled: Tensor,
+    ) -> Image.Image:
+        from_image = {} if request.image is None else {"image": request.image, "strength": request.strength}
+        from_mask = {} if request.mask is None else {"mask_image": request.mask}
+        generator = torch.Generator(self._device).manual_seed(request.seed_of(index))
+        pixels: Tensor = pipeline(
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled,
+            width=request.size.width,
+            height=request.size.height,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            generator=generator,
+            max_sequence_length=model.profile.max_prompt_tokens,
+            output_type="pt",
+            **from_image,
+            **from_mask,
+        ).images[0]
+        return _to_picture(pixels)
+
+
+def denoising_steps(request: GenerationRequest) -> int:
+    """How many steps the pipelines will take: strength takes the last part of them, rounded up."""
+    steps = request.num_inference_steps
+    return steps - int(max(steps - min(steps * request.strength, steps), 0))
+
+
+def _to_picture(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> RGB.
+
+    Raises:
+        ModelError: a value is not finite.
+    """
+    if not torch.isfinite(pixels).all():
+        raise ModelError("The model's result holds numbers that are not finite. Try another seed or fewer changes.")
+    values = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,128 @@
+"""Pictures in and out: open an image or a mask from a file, encode webp, jpg or png. Pillow and NumPy only.
+
+What a file may be is decided here, before a pixel is decoded: six formats, 40 megapixels, sides within 8:1.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from errors import InputError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
+MAX_PIXELS = 40_000_000
+MAX_ASPECT = 8
+MAX_FILE_BYTES = 100 * 2**20
+WEBP_METHOD = 2
+"""Effort of the webp encoder, 0 to 6. See benchmarks/cpu.md for why 2."""
+CONTRAST = 8
+"""A mask whose luminance spans less than this many of 255 levels has no contrast: its alpha is read instead."""
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture as RGB, upright, first frame, transparency over white.
+
+    Raises:
+        InputError: no picture of the six formats, too large, too long and thin, or damaged.
+    """
+    return _over_white(_open(path, "image"))
+
+
+def open_mask(path: Path) -> Image.Image:
+    """The mask as "L", upright; one with transparency and no luminance contrast is read from its alpha.
+
+    Raises:
+        InputError: as for `open_image`.
+    """
+    mask = _open(path, "mask")
+    luminance = _over_white(mask).convert("L")
+    if not mask.has_transparency_data:
+        return luminance
+    rgba = mask.convert("RGBA")
+    low, high = _range(rgba.convert("RGB").convert("L"))
+    alpha = rgba.getchannel("A")
+    return alpha if high - low < CONTRAST else luminance
+
+
+def _range(channel: Image.Image) -> tuple[int, int]:
+    low, high = channel.getextrema()
+    return int(low), int(high)  # type: ignore[arg-type]
+
+
+def _open(path: Path, name: str) -> Image.Image:
+    """The first frame, decoded, upright, in a mode of 8 bits a channel."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise InputError(f"The {name} file has {path.stat().st_size >> 20} MiB. Give one of at most 100 MiB.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size warning: our limit is checked below
+            with Image.open(path, formats=FORMATS) as picture:
+                _check_shape(picture, name)
+                picture.seek(0)
+                picture.load()
+                return _eight_bit(ImageOps.exif_transpose(picture))
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"The {name} has too many pixels. Give one of at most 40 megapixels.") from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"The {name} is not a picture that can be read. Give a PNG, JPEG, WebP, GIF, BMP or AVIF file."
+        ) from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise InputError(f"The {name} is damaged and cannot be decoded. Save it again, or give another one.") from error
+
+
+def _check_shape(picture: Image.Image, name: str) -> None:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"The {name} has {width}x{height} pixels ({width * height / 1e6:.0f} megapixels). "
+            "Give one of at most 40 megapixels."
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(f"The {name} has {width}x{height} pixels. Give one whose sides are within 8:1.")
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit and floating-point grey scaled to 8 bits; other modes as they are."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture, dtype=np.float64) / 257
+    elif picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float64) * 255
+    else:
+        return picture
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def _over_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def composite(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
+    """`painted` where the mask is white, exactly `original` where it is black, a mixture where it is grey."""
+    return Image.composite(painted, original, mask)
+
+
+def encode(picture: Image.Image, output_format: str, quality: int) -> bytes:
+    """The picture as a file's bytes: "webp" or "jpg" with a quality of 0 to 100, or lossless "png".
+
+    JPEG has no quality 0 in Pillow, where 0 means the default: it is encoded at 1.
+    """
+    buffer = io.BytesIO()
+    if output_format == "webp":
+        picture.save(buffer, "WEBP", quality=quality, method=WEBP_METHOD)
+    elif output_format == "jpg":
+        picture.save(buffer, "JPEG", quality=max(1, quality), optimize=True)
+    else:
+        picture.save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()

@@ -1,0 +1,195 @@
+"""Everything decided about one prediction, and every rule about inputs that leads there. No torch."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from PIL import Image
+
+from errors import InputError, LoraError
+from images import open_image, open_mask
+
+MAX_SIDE = 1440
+MULTIPLE = 16
+SEED_RANGE = 2**64
+"""Seeds are taken modulo this: what the random generators accept."""
+
+ASPECT_RATIOS = {
+    "1:1": (1024, 1024),
+    "16:9": (1344, 768),
+    "21:9": (1536, 640),
+    "3:2": (1216, 832),
+    "2:3": (832, 1216),
+    "4:5": (896, 1088),
+    "5:4": (1088, 896),
+    "3:4": (896, 1152),
+    "4:3": (1152, 896),
+    "9:16": (768, 1344),
+    "9:21": (640, 1536),
+}
+"""Width and height at one megapixel."""
+DIVISORS = {"1": 1, "0.25": 2}
+"""By which both sides are divided, for each choice of megapixels."""
+
+
+class Mode(Enum):
+    """Which pipeline serves a request."""
+
+    TXT2IMG = "txt2img"
+    IMG2IMG = "img2img"
+    INPAINT = "inpaint"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and height in pixels, both positive multiples of 16."""
+
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.height) < MULTIPLE or self.width % MULTIPLE or self.height % MULTIPLE:
+            raise ValueError(f"{self.width}x{self.height} is no size: sides must be positive multiples of {MULTIPLE}")
+
+    @classmethod
+    def from_sides(cls, width: int, height: int) -> Size:
+        """The nearest size: scaled down to fit 1440x1440 where larger, sides to the nearest multiple of 16, ties up."""
+        longest = max(width, height, MAX_SIDE)
+        return cls(_nearest(width * MAX_SIDE, longest), _nearest(height * MAX_SIDE, longest))
+
+    @classmethod
+    def from_aspect_ratio(cls, aspect_ratio: str, megapixels: str) -> Size:
+        """The size of a named aspect ratio at "1" or "0.25" megapixels."""
+        width, height = ASPECT_RATIOS[aspect_ratio]
+        divisor = DIVISORS[megapixels]
+        return cls(width // divisor, height // divisor)
+
+
+def _nearest(numerator: int, denominator: int) -> int:
+    """The multiple of 16 nearest to numerator / denominator, ties up, at least 16; exact."""
+    steps = (2 * numerator + MULTIPLE * denominator) // (2 * MULTIPLE * denominator)
+    return max(MULTIPLE, steps * MULTIPLE)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prediction, wholly decided: once this is built, no question about the inputs is open."""
+
+    prompt: str
+    mode: Mode
+    size: Size
+    model: str
+    num_outputs: int
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float
+    """How much of the image is destroyed, 0 to 1; 1 for text to image."""
+    seed: int
+    output_format: str
+    output_quality: int
+    image: Image.Image | None = None
+    """RGB, at `size`; present for img2img and inpaint."""
+    mask: Image.Image | None = None
+    """"L", at `size`, white where the picture is repainted; present for inpaint."""
+    notes: tuple[str, ...] = ()
+    """What the log should say about how the inputs were understood."""
+
+    def seed_of(self, index: int) -> int:
+        """The seed of image `index`, counted from 0: the ones after the first follow it, so each can be made alone."""
+        return (self.seed + index) % SEED_RANGE
+
+
+def build_request(
+    *,
+    prompt: str,
+    image: Path | None,
+    mask: Path | None,
+    aspect_ratio: str,
+    height: int | None,
+    width: int | None,
+    prompt_strength: float,
+    model: str,
+    num_outputs: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int | None,
+    output_format: str,
+    output_quality: int,
+    go_fast: bool,
+    megapixels: str,
+    replicate_weights: str | None,
+    extra_lora: str | None,
+    random_seed: Callable[[], int] = lambda: secrets.randbits(32),
+) -> GenerationRequest:
+    """Decide everything about one prediction; opens the image and the mask.
+
+    Whole numbers may come as floats, as JSON has no other kind.
+
+    Raises:
+        InputError: inputs contradict each other, or an image cannot be read.
+        LoraError: a LoRA is asked for, which this version cannot apply.
+    """
+    _refuse_loras(replicate_weights, extra_lora)
+    mode = _mode(image, mask)
+    notes: list[str] = []
+    picture = open_image(image) if image is not None else None
+    if picture is not None:
+        size = Size.from_sides(*picture.size)
+    else:
+        size = _size_of_text_to_image(aspect_ratio, width, height, megapixels)
+    if go_fast:
+        _refuse_go_fast(custom=picture is None and aspect_ratio == "custom")
+        notes.append("go_fast is not used: a custom size runs in the original precision")
+    return GenerationRequest(
+        prompt=prompt,
+        mode=mode,
+        size=size,
+        model=model,
+        num_outputs=int(num_outputs),
+        num_inference_steps=int(num_inference_steps),
+        guidance_scale=float(guidance_scale),
+        strength=1.0 if picture is None else prompt_strength,
+        seed=random_seed() if seed is None or seed < 0 else int(seed) % SEED_RANGE,
+        output_format=output_format,
+        output_quality=int(output_quality),
+        image=None if picture is None else _fitted(picture, size),
+        mask=None if mask is None else _fitted(open_mask(mask), size),
+        notes=tuple(notes),
+    )
+
+
+def _mode(image: Path | None, mask: Path | None) -> Mode:
+    if mask is not None and image is None:
+        raise InputError("A mask was given without an image. Give the image that the mask belongs to, or no mask.")
+    if image is None:
+        return Mode.TXT2IMG
+    return Mode.IMG2IMG if mask is None else Mode.INPAINT
+
+
+def _size_of_text_to_image(aspect_ratio: str, width: int | None, height: int | None, megapixels: str) -> Size:
+    if aspect_ratio != "custom":
+        return Size.from_aspect_ratio(aspect_ratio, megapixels)
+    if width is None or height is None:
+        missing = " and ".join(name for name, side in (("width", width), ("height", height)) if side is None)
+        raise InputError(f'aspect_ratio "custom" needs both width and height, but {missing} was not given.')
+    return Size.from_sides(int(width), int(height))
+
+
+def _fitted(picture: Image.Image, size: Size) -> Image.Image:
+    wanted = (size.width, size.height)
+    return picture if picture.size == wanted else picture.resize(wanted, Image.Resampling.LANCZOS)
+
+
+def _refuse_loras(replicate_weights: str | None, extra_lora: str | None) -> None:
+    for name, reference in (("replicate_weights", replicate_weights), ("extra_lora", extra_lora)):
+        if reference is not None and reference.strip():
+            raise LoraError(f"{name} asks for a LoRA, and this version cannot apply LoRAs yet. Leave {name} out.")
+
+
+def _refuse_go_fast(custom: bool) -> None:
+    if not custom:
+        raise InputError("go_fast asks for the fp8 model, which this version does not have yet. Set go_fast to false.")
