@@ -1,0 +1,128 @@
+"""One prediction without Docker or a server, with the habits of `cog predict`: behind `script/predict`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cog
+from cog.types import URLPath
+
+from cli.schema import input_schemas
+from errors import InputError, PredictionError, SettingsError
+
+EXAMPLE = 'script/predict -i prompt="a large red circle on a white background"'
+
+
+def parse_inputs(pairs: list[str], schemas: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Turn `name=value` arguments into typed inputs, with every default filled in; files are copied into `folder`.
+
+    Raises:
+        InputError: an unknown or missing input, or a value that the schema does not allow.
+    """
+    properties = schemas["Input"]["properties"]
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise InputError(f'-i "{pair}" has no value. Write -i name=value.')
+        if name not in properties:
+            raise InputError(f'There is no input "{name}". The inputs are: {", ".join(properties)}.')
+        given[name] = parse_value(name, text, _resolved(properties[name], schemas), folder)
+    missing = [name for name in schemas["Input"]["required"] if name not in given]
+    if missing:
+        raise InputError(f"{', '.join(missing)} is required. For example: {EXAMPLE}")
+    return {name: given.get(name, schema.get("default")) for name, schema in properties.items()}
+
+
+def _resolved(schema: dict[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
+    references = [part["$ref"].rsplit("/", 1)[1] for part in schema.get("allOf", [])]
+    return {**schema, **{key: value for name in references for key, value in schemas[name].items()}}
+
+
+def parse_value(name: str, text: str, schema: Mapping[str, Any], folder: Path) -> Any:
+    """One value of the schema's type and within its bounds.
+
+    Raises:
+        InputError: it is not.
+    """
+    if schema.get("format") == "uri":
+        return _file(name, text, folder)
+    if schema.get("format") == "password":
+        return cog.Secret(text)
+    value = _typed(name, text, schema["type"])
+    if "enum" in schema and value not in schema["enum"]:
+        raise InputError(f'{name} is "{value}". Choose one of {", ".join(schema["enum"])}.')
+    low, high = schema.get("minimum", value), schema.get("maximum", value)
+    if not low <= value <= high:
+        raise InputError(f"{name} is {value}. Give a number from {low} to {high}.")
+    return value
+
+
+def _typed(name: str, text: str, kind: str) -> Any:
+    try:
+        if kind == "integer":
+            return int(text)
+        if kind == "number":
+            return float(text)
+        if kind == "boolean":
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    except (ValueError, KeyError) as error:
+        wanted = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}[kind]
+        raise InputError(f'{name} is "{text}". Give {wanted}.') from error
+    return text
+
+
+def _file(name: str, text: str, folder: Path) -> cog.Path:
+    if text.startswith(("http://", "https://", "data:")):
+        url = cog.Path.validate(text)
+        return url.convert() if isinstance(url, URLPath) else cog.Path(url)
+    source = Path(text.removeprefix("@"))
+    if not text.startswith("@"):
+        raise InputError(f'{name} is "{text}". For a file, write -i {name}=@{text}.')
+    if not source.is_file():
+        raise InputError(f'There is no file "{source}" for {name}.')
+    return cog.Path(shutil.copy(source, folder / f"{name}{source.suffix}"))
+
+
+def run(pairs: list[str], output: Path) -> list[Path]:
+    """Make one prediction and return the files written into `output`."""
+    from predict import Predictor
+
+    with tempfile.TemporaryDirectory(prefix="flux-inputs-") as folder:
+        inputs = parse_inputs(pairs, input_schemas(Predictor.predict), Path(folder))
+        predictor = Predictor()
+        predictor.setup()
+        files = predictor.predict(**inputs)
+    output.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(file, output / f"output.{index}{file.suffix}")) for index, file in enumerate(files)]
+
+
+def main() -> None:
+    """The command line. Exit status: 0 pictures written, 1 a wrong input or a failed prediction, 2 wrong usage."""
+    parser = argparse.ArgumentParser(prog="script/predict", description="Make pictures.", epilog=f"Example: {EXAMPLE}")
+    parser.add_argument(
+        "-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE for a file"
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="where the pictures go")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    try:
+        files = run(arguments.input, arguments.output)
+    except (PredictionError, SettingsError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted.")
+    for file in files:
+        print(f"wrote {file}")
+    print(f"{time.monotonic() - started:.1f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The Cog surface: the inputs, literally, and a prediction that reads like one line. No rule about inputs lives here.
+
+Cog makes the image's schema by parsing this file, not by running it: every `Input` is a literal, descriptions are one
+plain string each, and choices stand where they are used. `tests/test_predict_syntax.py` holds that.
+"""
+
+import logging
+import os
+import pathlib
+import tempfile
+import time
+from typing import List, Optional
+
+from cog import BasePredictor, Input, Path, Secret
+
+from errors import InputError, PredictionError
+from images import encode
+from logs import configure_logging
+from request import GenerationRequest, build_request
+from settings import Settings
+
+logger = logging.getLogger("predict")
+
+
+class Predictor(BasePredictor):
+    """FLUX.1 [dev] and [schnell]: text to image, image to image and inpainting."""
+
+    def setup(self) -> None:
+        """Load the models of the profile that the settings choose."""
+        configure_logging()
+        started = time.monotonic()
+        settings = Settings.from_env(os.environ)
+        import torch  # not above: its import takes seconds and writes lines that configure_logging quiets
+
+        from engine.engine import Engine
+        from engine.loading import load_models
+        from engine.profiles import choose_profile, model_profiles
+
+        profile, reason = choose_profile(settings, torch.cuda.is_available())
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("profile %s on %s: %s", profile, device, reason)
+        self._engine = Engine(load_models(model_profiles(profile, settings), device), device)
+        self._outputs = OutputFolder()
+        logger.info("no safety checker in this version: outputs are not checked")
+        logger.info("ready in %.1f s", time.monotonic() - started)
+
+    def predict(
+        self,
+        prompt: str = Input(
+            description="Prompt for generated image. If you include the `trigger_word` used in the training process you are more likely to activate the trained object, style, or concept in the resulting image.",
+        ),
+        image: Optional[Path] = Input(
+            default=None,
+            description="Input image for image to image or inpainting mode. If provided, aspect_ratio, width, and height inputs are ignored.",
+        ),
+        mask: Optional[Path] = Input(
+            default=None,
+            description="Image mask for image inpainting mode. If provided, aspect_ratio, width, and height inputs are ignored.",
+        ),
+        aspect_ratio: str = Input(
+            default="1:1",
+            choices=["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21", "custom"],
+            description="Aspect ratio for the generated image. If custom is selected, uses height and width below & will run in bf16 mode",
+        ),
+        height: Optional[int] = Input(
+            default=None,
+            ge=256,
+            le=1440,
+            description="Height of generated image. Only works if `aspect_ratio` is set to custom. Will be rounded to nearest multiple of 16. Incompatible with fast generation",
+        ),
+        width: Optional[int] = Input(
+            default=None,
+            ge=256,
+            le=1440,
+            description="Width of generated image. Only works if `aspect_ratio` is set to custom. Will be rounded to nearest multiple of 16. Incompatible with fast generation",
+        ),
+        prompt_strength: float = Input(
+            default=0.8,
+            ge=0,
+            le=1,
+            description="Prompt strength when using img2img. 1.0 corresponds to full destruction of information in image",
+        ),
+        model: str = Input(
+            default="dev",
+            choices=["dev", "schnell"],
+            description="Which model to run inference with. The dev model performs best with around 28 inference steps but the schnell model only needs 4 steps.",
+        ),
+        num_outputs: int = Input(
+            default=1,
+            ge=1,
+            le=4,
+            description="Number of outputs to generate",
+        ),
+        num_inference_steps: int = Input(
+            default=28,
+            ge=1,
+            le=50,
+            description="Number of denoising steps. More steps can give more detailed images, but take longer.",
+        ),
+        guidance_scale: float = Input(
+            default=3,
+            ge=0,
+            le=10,
+            description="Guidance scale for the diffusion process. Lower values can give more realistic images. Good values to try are 2, 2.5, 3 and 3.5",
+        ),
+        seed: Optional[int] = Input(
+            default=None,
+            description="Random seed. Set for reproducible generation",
+        ),
+        output_format: str = Input(
+            default="webp",
+            choices=["webp", "jpg", "png"],
+            description="Format of the output images",
+        ),
+        output_quality: int = Input(
+            default=80,
+            ge=0,
+            le=100,
+            description="Quality when saving the output images, from 0 to 100. 100 is best quality, 0 is lowest quality. Not relevant for .png outputs",
+        ),
+        disable_safety_checker: bool = Input(
+            default=False,
+            description="Disable safety checker for generated images.",
+        ),
+        go_fast: bool = Input(
+            default=False,
+            description="Run faster predictions with model optimized for speed (currently fp8 quantized); disable to run in original bf16",
+        ),
+        megapixels: str = Input(
+            default="1",
+            choices=["1", "0.25"],
+            description="Approximate number of megapixels for generated image",
+        ),
+        replicate_weights: Optional[str] = Input(
+            default=None,
+            description="Load LoRA weights. Supports Replicate models in the format <owner>/<username> or <owner>/<username>/<version>, HuggingFace URLs in the format huggingface.co/<owner>/<model-name>, CivitAI URLs in the format civitai.com/models/<id>[/<model-name>], or arbitrary .safetensors URLs from the Internet. For example, 'fofr/flux-pixar-cars'",
+        ),
+        lora_scale: float = Input(
+            default=1,
+            ge=-1,
+            le=3,
+            description="Determines how strongly the main LoRA should be applied. Sane results between 0 and 1 for base inference. For go_fast we apply a 1.5x multiplier to this value; we've generally seen good performance when scaling the base value by that amount. You may still need to experiment to find the best value for your particular lora.",
+        ),
+        extra_lora: Optional[str] = Input(
+            default=None,
+            description="Load LoRA weights. Supports Replicate models in the format <owner>/<username> or <owner>/<username>/<version>, HuggingFace URLs in the format huggingface.co/<owner>/<model-name>, CivitAI URLs in the format civitai.com/models/<id>[/<model-name>], or arbitrary .safetensors URLs from the Internet. For example, 'fofr/flux-pixar-cars'",
+        ),
+        extra_lora_scale: float = Input(
+            default=1,
+            ge=-1,
+            le=3,
+            description="Determines how strongly the extra LoRA should be applied. Sane results between 0 and 1 for base inference. For go_fast we apply a 1.5x multiplier to this value; we've generally seen good performance when scaling the base value by that amount. You may still need to experiment to find the best value for your particular lora.",
+        ),
+        hf_api_token: Optional[Secret] = Input(
+            default=None,
+            description="Hugging Face API token. Needed when a LoRA comes from a gated or private repository.",
+        ),
+        civitai_api_token: Optional[Secret] = Input(
+            default=None,
+            description="CivitAI API token. Needed when a LoRA's download asks for a login.",
+        ),
+    ) -> List[Path]:
+        """Return the pictures' files, in order; they live until the next prediction."""
+        try:
+            started = time.monotonic()
+            request = build_request(
+                prompt=prompt,
+                image=uploaded(image, "image"),
+                mask=uploaded(mask, "mask"),
+                aspect_ratio=aspect_ratio,
+                height=height,
+                width=width,
+                prompt_strength=prompt_strength,
+                model=model,
+                num_outputs=num_outputs,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                output_format=output_format,
+                output_quality=output_quality,
+                go_fast=go_fast,
+                megapixels=megapixels,
+                replicate_weights=replicate_weights,
+                extra_lora=extra_lora,
+            )
+            self._announce(request)
+            folder = self._outputs.fresh()
+            files = []
+            for index, picture in enumerate(self._engine.generate(request)):
+                file = folder / f"{folder.name}-{index}.{request.output_format}"
+                file.write_bytes(encode(picture, request.output_format, request.output_quality))
+                files.append(Path(file))
+            logger.info("%d pictures in %.1f s", len(files), time.monotonic() - started)
+            return files
+        except PredictionError as error:
+            logger.error("%s: %s", type(error).__name__, error)
+            raise
+        except Exception:
+            logger.exception("the prediction failed")
+            raise
+
+    def _announce(self, request: GenerationRequest) -> None:
+        for note in request.notes:
+            logger.info("%s", note)
+        logger.info(
+            "%s %s, %dx%d, %d steps, seed %d",
+            request.model, request.mode.value, request.size.width, request.size.height,
+            request.num_inference_steps, request.seed,
+        )  # fmt: skip
+        self.record_metric("seed", request.seed)
+
+
+class OutputFolder:
+    """The folder of one prediction's files; the one before is removed when the next is asked for, and at exit."""
+
+    def __init__(self) -> None:
+        self._current: Optional[tempfile.TemporaryDirectory[str]] = None
+
+    def fresh(self) -> pathlib.Path:
+        """Return a new empty folder of a name that no other has."""
+        if self._current is not None:
+            self._current.cleanup()
+        self._current = tempfile.TemporaryDirectory(prefix="flux-")
+        return pathlib.Path(self._current.name)
+
+
+def uploaded(file: Optional[pathlib.Path], name: str) -> Optional[pathlib.Path]:
+    """Return `file` if it is one that the server stored for this request, in the temporary folder.
+
+    Cog hands text that is no URL on as it came, so that it could name any file of the server.
+
+    Raises:
+        InputError: it is anything else.
+    """
+    if file is None:
+        return None
+    if isinstance(file, pathlib.Path):
+        path = pathlib.Path(file).resolve()
+        if path.is_file() and path.is_relative_to(pathlib.Path(tempfile.gettempdir()).resolve()):
+            return path
+    raise InputError(f"{name} is not an uploaded file. Give an http(s) address or a data URI of a picture.")
