@@ -1,0 +1,257 @@
+"""Train the tiny FLUX transformer by flow matching on the world's latents.
+
+Knows latents, prompts' embeddings and diffusers' FluxTransformer2DModel. The picture sizes are mixed from the start,
+since a model trained at one size draws broken objects at the others; large pictures are mostly trained on a random
+part of their tokens, which keeps a step cheap while the position ids stay those of the large picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from training.text import WIDTH, TextEncoders
+from training.vae import to_tensor
+from training.world import SHAPES, draw_scene, place, training_scene, varied_prompt
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+"""(width, height) in pixels, multiples of 16."""
+TOKENS_A_STEP = 6144
+EMPTY_SHARE = 0.1
+FLAT_WEIGHT = 0.25
+"""Loss weight of a token that is all background, beside 1 for those of the objects."""
+
+
+def new_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
+    """An untrained FLUX: 3 double and 3 single blocks, 4 heads of 32."""
+    return FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=3,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 14, 14),
+    )
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded pictures of one size: packed latents (N, tokens, 64), pooled (N, 128), states (N, 32, 128), half."""
+
+    size: Size
+    latents: Tensor
+    pooled: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees: clean latents (B, T, 64), position ids (T, 3), weights (B, T), prompts' embeddings."""
+
+    latents: Tensor
+    image_ids: Tensor
+    weights: Tensor
+    pooled: Tensor
+    states: Tensor
+    full_tokens: int
+
+
+@torch.no_grad()
+def make_pool(
+    vae: AutoencoderTiny,
+    text: TextEncoders,
+    size: Size,
+    count: int,
+    rng: random.Random,
+    shapes: tuple[str, ...] = SHAPES,
+    prompt_lead: str = "",
+    striped: bool = False,
+    paired: float = 0.3,
+) -> Pool:
+    """Draw and encode `count` training scenes at one size."""
+    width, height = size
+    chunk = max(1, 16 * 128 * 128 // (width * height))
+    latents, prompts = [], []
+    for start in range(0, count, chunk):
+        scenes = [training_scene(rng, shapes, paired) for _ in range(min(chunk, count - start))]
+        pictures = [draw_scene(s, width, height, place(s, width, height, rng), striped) for s in scenes]
+        prompts += [prompt_lead + varied_prompt(s, rng) for s in scenes]
+        encoded = vae.encoder(torch.stack([to_tensor(picture) for picture in pictures]))
+        encoded = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+        latents.append(pack(encoded).half())
+    pairs = [text.encode(prompts[i : i + 256]) for i in range(0, len(prompts), 256)]
+    pooled, states = (torch.cat(parts).half() for parts in zip(*pairs, strict=True))
+    return Pool(size, torch.cat(latents), pooled, states)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, 16, H/8, W/8) -> (B, H/16 * W/16, 64), as the pipelines do."""
+    batch, channels, height, width = latents.shape
+    return FluxPipeline._pack_latents(latents, batch, channels, height, width)
+
+
+def draw_batch(pool: Pool, batch: int, keep: int | None, empty: tuple[Tensor, Tensor], rng: random.Random) -> Batch:
+    """A batch of one pool; with `keep`, only that many of its tokens, at random; one prompt in ten is empty."""
+    chosen = torch.tensor(rng.choices(range(len(pool.latents)), k=batch))
+    latents = pool.latents[chosen].float()
+    weights = 1 - (1 - FLAT_WEIGHT) * ((latents - latents[:, :1]).abs().mean(-1) < 0.15).float()
+    width, height = pool.size
+    ids = FluxPipeline._prepare_latent_image_ids(batch, height // 16, width // 16, "cpu", torch.float32)
+    full_tokens = latents.shape[1]
+    if keep is not None and keep < full_tokens:
+        order = torch.tensor(sorted(rng.sample(range(full_tokens), keep)))
+        latents, ids, weights = latents[:, order], ids[order], weights[:, order]
+    pooled, states = pool.pooled[chosen].float(), pool.states[chosen].float()
+    dropped = torch.tensor([rng.random() < EMPTY_SHARE for _ in range(batch)])
+    pooled = torch.where(dropped[:, None], empty[0], pooled)
+    states = torch.where(dropped[:, None, None], empty[1], states)
+    return Batch(latents, ids, weights, pooled, states, full_tokens)
+
+
+# The loss
+
+
+def shift_for(tokens: int) -> float:
+    """The time shift of FLUX.1 [dev] for this many image tokens: exp of a line through 0.5 at 256 and 1.15 at 4096."""
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
+
+def noise_levels(batch: int, tokens: int, emphasis: float) -> Tensor:
+    """(B,) levels in (0, 1), stratified, shifted up as the scheduler will and `emphasis` times more.
+
+    High levels decide what stands where, low ones the edges: early training wants an emphasis above 1.
+    """
+    uniform = (torch.arange(batch) + torch.rand(batch)) / batch
+    shift = emphasis * shift_for(tokens)
+    return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+def velocity(
+    model: FluxTransformer2DModel, noisy: Tensor, levels: Tensor, batch: Batch, guidance: Tensor | None
+) -> Tensor:
+    """The model's velocity (B, T, 64) at noise levels (B,) and, for dev, guidance (B,)."""
+    (predicted,) = model(
+        hidden_states=noisy,
+        timestep=levels,
+        guidance=guidance,
+        pooled_projections=batch.pooled,
+        encoder_hidden_states=batch.states,
+        txt_ids=torch.zeros(batch.states.shape[1], 3),
+        img_ids=batch.image_ids,
+        return_dict=False,
+    )
+    return torch.as_tensor(predicted)
+
+
+def mix(batch: Batch, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (noisy latents at these levels, the velocity noise - latents that leads there)."""
+    noise = torch.randn_like(batch.latents)
+    level = levels[:, None, None]
+    return (1 - level) * batch.latents + level * noise, noise - batch.latents
+
+
+def weighted_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Mean squared error over channels, weighted over tokens."""
+    return ((predicted - target).square().mean(-1) * weights).sum() / weights.sum()
+
+
+# The loop
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A size, its share of the steps, how many of its tokens a step sees, and how many pictures to draw."""
+
+    size: Size
+    share: float
+    pictures: int
+    keep: int | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate: linear warm-up to `peak`, flat, then linear down to a twentieth over the last `decay` share."""
+
+    steps: int
+    peak: float
+    warmup: int = 0
+    decay: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, counted from 0."""
+        rising = min(1.0, (step + 1) / (self.warmup + 1))
+        tail = self.decay * self.steps
+        falling = 1.0 if tail == 0 else min(1.0, max(0.05, (self.steps - step) / tail))
+        return self.peak * min(rising, falling)
+
+
+class Ema:
+    """A moving average of a model's weights; its `model` is the one to keep."""
+
+    def __init__(self, model: torch.nn.Module, decay: float = 0.998) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module) -> None:
+        """Move the average a little towards `model`."""
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay)
+
+
+def batches(
+    pools: list[Pool], buckets: list[Bucket], text: TextEncoders, rng: random.Random, tokens: int = TOKENS_A_STEP
+) -> Iterator[Batch]:
+    """Batches without end, of about the same cost each, sizes drawn by their shares."""
+    with torch.no_grad():
+        empty = text.encode([""])
+    while True:
+        index = rng.choices(range(len(buckets)), [bucket.share for bucket in buckets])[0]
+        bucket = buckets[index]
+        seen = min(bucket.keep or 1 << 30, pools[index].latents.shape[1])
+        yield draw_batch(pools[index], max(1, tokens // (seen + 32)), bucket.keep, empty, rng)
+
+
+def train(
+    model: FluxTransformer2DModel,
+    loss_of: Callable[[Batch], Tensor],
+    stream: Iterator[Batch],
+    schedule: Schedule,
+    after: Callable[[int, FluxTransformer2DModel], None] | None = None,
+) -> FluxTransformer2DModel:
+    """Run the schedule on `model` and return its moving average; `after(step, average)` is called now and then."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    ema, seen, started = Ema(model), 0.0, time.monotonic()
+    for step in range(schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        loss = loss_of(next(stream))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        ema.update(model)
+        seen = loss.item() if step == 0 else 0.98 * seen + 0.02 * loss.item()
+        if step % 50 == 49:
+            rate = (time.monotonic() - started) / (step + 1)
+            logger.info("step %d of %d: loss %.4f, %.2f s a step", step + 1, schedule.steps, seen, rate)
+        if after is not None and step % 500 == 499:
+            after(step + 1, ema.model)
+    return ema.model

@@ -1,0 +1,198 @@
+"""Make the embedded checkpoints from nothing: `python -m training.make_tiny`, behind `script/make-tiny`.
+
+Every stage writes its result into the work folder and is skipped when that is there already, so that an interrupted
+run goes on. The last stage writes `engine/tiny/` and `tests/data/loras/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from training.distil import SCHNELL_GUIDANCE, Loss, few_step_loss, fold_guidance, guidance_loss, plain_loss
+from training.flow import Bucket, Pool, Schedule, batches, make_pool, new_transformer, train
+from training.loras import train_lora
+from training.text import TextEncoders, train_text_encoders
+from training.vae import train_vae
+
+logger = logging.getLogger("make-tiny")
+
+PROJECT = Path(__file__).parent.parent
+SEED = 0
+FIRST_SCHEDULE = Schedule(steps=4000, peak=1.5e-3, warmup=200)
+BASE_SCHEDULE = Schedule(steps=1500, peak=1e-3, warmup=50, decay=0.5)
+GUIDED_SCHEDULE = Schedule(steps=700, peak=5e-4, warmup=20, decay=0.8)
+SCHNELL_SCHEDULE = Schedule(steps=600, peak=5e-4, warmup=20, decay=0.8)
+
+PICTURES = {
+    (128, 128): 6000, (192, 128): 800, (128, 192): 800, (224, 128): 800, (128, 224): 800, (256, 256): 2000,
+    (448, 256): 300, (256, 448): 300, (512, 512): 500, (1024, 1024): 100, (1344, 768): 50, (768, 1344): 50,
+}  # fmt: skip
+
+
+def _buckets(*rows: tuple[tuple[int, int], float, int | None]) -> list[Bucket]:
+    return [Bucket(size, share, PICTURES[size], keep) for size, share, keep in rows]
+
+
+FIRST_BUCKETS = _buckets(
+    ((128, 128), 0.36, None),
+    ((192, 128), 0.06, None),
+    ((128, 192), 0.06, None),
+    ((224, 128), 0.06, 96),
+    ((128, 224), 0.06, 96),
+    ((256, 256), 0.15, 80),
+    ((448, 256), 0.04, 80),
+    ((256, 448), 0.04, 80),
+    ((512, 512), 0.09, 80),
+    ((1024, 1024), 0.04, 96),
+    ((1344, 768), 0.02, 96),
+    ((768, 1344), 0.02, 96),
+)
+"""What stands where is learnt from many pictures, not from many tokens of each."""
+LAST_BUCKETS = _buckets(
+    ((128, 128), 0.12, None),
+    ((224, 128), 0.05, None),
+    ((128, 224), 0.05, None),
+    ((256, 256), 0.28, None),
+    ((448, 256), 0.05, None),
+    ((256, 448), 0.05, None),
+    ((512, 512), 0.12, 384),
+    ((512, 512), 0.16, None),
+    ((1024, 1024), 0.06, 1024),
+    ((1344, 768), 0.03, 1024),
+    ((768, 1344), 0.03, 1024),
+)
+
+
+def load_vae(work: Path) -> AutoencoderTiny:
+    """The trained VAE, training it first where there is none."""
+    if not (work / "vae").exists():
+        train_vae(work / "vae", seed=SEED)
+    return AutoencoderTiny.from_pretrained(work / "vae").requires_grad_(False)
+
+
+def load_text(work: Path) -> TextEncoders:
+    """The trained and frozen text encoders, training them first where there are none."""
+    folder = work / "text"
+    if not folder.exists():
+        train_text_encoders(folder, seed=SEED)
+    return TextEncoders(
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        CLIPTextModel.from_pretrained(folder / "text_encoder").requires_grad_(False),
+        T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+        T5EncoderModel.from_pretrained(folder / "text_encoder_2").requires_grad_(False),
+    )
+
+
+def load_pools(work: Path, vae: AutoencoderTiny, text: TextEncoders) -> dict[tuple[int, int], Pool]:
+    """The encoded pictures of every size, drawing them first where there are none."""
+    pools = {}
+    (work / "pools").mkdir(parents=True, exist_ok=True)
+    for size, count in PICTURES.items():
+        path = work / "pools" / f"{size[0]}x{size[1]}.safetensors"
+        if not path.exists():
+            pool = make_pool(vae, text, size, count, random.Random(f"{SEED} {size}"))
+            save_file({"latents": pool.latents, "pooled": pool.pooled, "states": pool.states}, path)
+            logger.info("drew %d pictures of %dx%d", count, *size)
+        pools[size] = Pool(size, **load_file(path))
+    return pools
+
+
+def _stage(
+    work: Path,
+    name: str,
+    model: FluxTransformer2DModel,
+    loss_of: Callable[[FluxTransformer2DModel], Loss],
+    pools: dict[tuple[int, int], Pool],
+    buckets: list[Bucket],
+    schedule: Schedule,
+    text: TextEncoders,
+) -> FluxTransformer2DModel:
+    folder = work / name
+    if (folder / "config.json").exists():
+        return FluxTransformer2DModel.from_pretrained(folder)
+    torch.manual_seed(SEED)
+    stream = batches([pools[b.size] for b in buckets], buckets, text, random.Random(SEED))
+
+    def keep(step: int, average: FluxTransformer2DModel) -> None:
+        average.save_pretrained(work / f"{name}-partial")
+
+    train(model, loss_of(model), stream, schedule, after=keep).save_pretrained(folder)
+    return FluxTransformer2DModel.from_pretrained(folder)
+
+
+def make(work: Path) -> None:
+    """Run every stage that has no result in `work` yet, then write the checkpoints and the LoRAs into the project."""
+    vae, text = load_vae(work), load_text(work)
+    pools = load_pools(work, vae, text)
+    torch.manual_seed(SEED)
+    empty = text.encode([""])
+
+    def guided(model: FluxTransformer2DModel) -> Loss:
+        return guidance_loss(model, empty)
+
+    def first_loss(model: FluxTransformer2DModel) -> Loss:
+        return plain_loss(model, emphasis=2.0)
+
+    first = _stage(work, "first", new_transformer(True), first_loss, pools, FIRST_BUCKETS, FIRST_SCHEDULE, text)
+    base = _stage(work, "base", first, plain_loss, pools, LAST_BUCKETS, BASE_SCHEDULE, text)
+    dev = _stage(work, "dev", base, guided, pools, LAST_BUCKETS, GUIDED_SCHEDULE, text)
+    folded = fold_guidance(dev, SCHNELL_GUIDANCE)
+    schnell = _stage(work, "schnell", folded, few_step_loss, pools, LAST_BUCKETS, SCHNELL_SCHEDULE, text)
+    export(PROJECT / "engine" / "tiny", vae, text, dev, schnell)
+    loras = PROJECT / "tests" / "data" / "loras"
+    train_lora(dev, vae, text, loras / "tok-style.safetensors", style=True, seed=SEED)
+    train_lora(dev, vae, text, loras / "tok-object.safetensors", style=False, seed=SEED)
+
+
+def export(
+    folder: Path,
+    vae: AutoencoderTiny,
+    text: TextEncoders,
+    dev: FluxTransformer2DModel,
+    schnell: FluxTransformer2DModel,
+) -> None:
+    """Write both checkpoints in diffusers layout, in half precision; schnell's shared parts are dev's own folders."""
+    dynamic = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )  # fmt: skip
+    plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    for name, transformer, scheduler in (("tiny-dev", dev, dynamic), ("tiny-schnell", schnell, plain)):
+        target = folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        transformer.half().save_pretrained(target / "transformer")
+        scheduler.save_pretrained(target / "scheduler")
+    shared = folder / "tiny-dev"
+    vae.half().save_pretrained(shared / "vae")
+    text.text_encoder.half().save_pretrained(shared / "text_encoder")
+    text.text_encoder_2.half().save_pretrained(shared / "text_encoder_2")
+    text.tokenizer.save_pretrained(shared / "tokenizer")
+    text.tokenizer_2.save_pretrained(shared / "tokenizer_2")
+    for config in folder.glob("*/*/config.json"):
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)  # a folder of the machine that trained it
+        config.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def main() -> None:
+    """The command line of `script/make-tiny`."""
+    parser = argparse.ArgumentParser(description="Train the embedded tiny FLUX from nothing.")
+    parser.add_argument("--work", type=Path, default=PROJECT / "build" / "tiny", help="folder for the stages' results")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    make(arguments.work)
+
+
+if __name__ == "__main__":
+    main()
