@@ -1,0 +1,81 @@
+"""What the tests share: one loaded predictor, pictures on disk, and a picker of arguments."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cog.input import FieldInfo
+from PIL import Image
+
+from engine.engine import Engine
+from logs import configure_logging
+from predict import Predictor
+from request import GenerationRequest, build_request
+from training.world import Scene, Thing, draw_scene, place
+
+QUICK: dict[str, Any] = {
+    "aspect_ratio": "custom",
+    "width": 256,
+    "height": 256,
+    "num_inference_steps": 3,
+    "seed": 7,
+    "output_format": "png",
+}
+"""Inputs that make a small picture fast."""
+
+
+def predict_arguments(**given: Any) -> dict[str, Any]:
+    """The arguments of `predict`, each at its default unless given; a server fills them in the same way."""
+    parameters = inspect.signature(Predictor.predict).parameters.values()
+    defaults = {p.name: p.default.default for p in parameters if isinstance(p.default, FieldInfo)}
+    return {**defaults, "prompt": "a red circle on a white background", **given}
+
+
+def request_of(**given: Any) -> GenerationRequest:
+    """A request built from the defaults and what is given."""
+    names = inspect.signature(build_request).parameters
+    arguments = {name: value for name, value in predict_arguments(**given).items() if name in names}
+    extra = {name: value for name, value in given.items() if name in names}
+    return build_request(**{**arguments, **extra})
+
+
+@pytest.fixture(scope="session")
+def predictor() -> Predictor:
+    """A predictor of the tiny profile, set up once."""
+    configure_logging()
+    predictor = Predictor()
+    predictor.setup()
+    return predictor
+
+
+@pytest.fixture(scope="session")
+def engine(predictor: Predictor) -> Engine:
+    """The predictor's engine."""
+    return predictor._engine
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Save a picture below the temporary folder, as an uploaded input lies there."""
+    with tempfile.TemporaryDirectory(prefix="flux-test-") as folder:
+
+        def write(picture: Image.Image, name: str = "picture.png", **options: Any) -> Path:
+            path = Path(folder) / name
+            picture.save(path, **options)
+            return path
+
+        yield write
+
+
+@pytest.fixture(scope="session")
+def scene_picture() -> Image.Image:
+    """A blue square on a white background, 256x256."""
+    import random
+
+    scene = Scene("white", (Thing("square", "blue"),))
+    return draw_scene(scene, 256, 256, place(scene, 256, 256, random.Random(1)))

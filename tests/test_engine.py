@@ -1,0 +1,226 @@
+"""The three modes over shared parts, on the real pipelines and the tiny model; bare diffusers calls are the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.engine import Engine, denoising_steps
+from engine.loading import load_models
+from engine.profiles import TINY, model_profiles
+from errors import ModelError
+from request import GenerationRequest, Mode
+from settings import Settings
+from tests.conftest import QUICK, request_of
+
+Save = Callable[..., Path]
+
+
+def picture_of(engine: Engine, **inputs: Any) -> Image.Image:
+    return next(engine.generate(request_of(**{**QUICK, **inputs})))
+
+
+def bare_call(engine: Engine, request: GenerationRequest, **extra: Any) -> Image.Image:
+    """What diffusers' own pipeline gives for the request, called as its documentation says."""
+    model = engine._models[request.model]
+    pipeline = model.pipelines[request.mode]
+    picture: Image.Image = pipeline(
+        request.prompt,
+        width=request.size.width,
+        height=request.size.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        max_sequence_length=model.profile.max_prompt_tokens,
+        generator=torch.Generator().manual_seed(request.seed),
+        **extra,
+    ).images[0]
+    return picture
+
+
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_text_to_image_equals_the_bare_pipeline(engine: Engine, model: str) -> None:
+    request = request_of(**QUICK, model=model)
+    assert next(engine.generate(request)).tobytes() == bare_call(engine, request).tobytes()
+
+
+def test_image_to_image_equals_the_bare_pipeline(engine: Engine, save: Save, scene_picture: Image.Image) -> None:
+    request = request_of(**QUICK, image=save(scene_picture), prompt_strength=0.7)
+    bare = bare_call(engine, request, image=request.image, strength=0.7)
+    assert next(engine.generate(request)).tobytes() == bare.tobytes()
+
+
+def test_the_modes_share_their_weights_and_nothing_that_changes(engine: Engine) -> None:
+    for model in engine._models.values():
+        pipelines = list(model.pipelines.values())
+        assert len({id(pipeline.transformer) for pipeline in pipelines}) == 1
+        assert len({id(pipeline.scheduler) for pipeline in pipelines}) == 3
+    assert len({id(model.pipelines[Mode.TXT2IMG].vae) for model in engine._models.values()}) == 1
+    assert len({id(model.pipelines[Mode.TXT2IMG].text_encoder_2) for model in engine._models.values()}) == 1
+
+
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_the_same_seed_gives_the_same_bytes_whatever_came_between(
+    engine: Engine, save: Save, scene_picture: Image.Image, model: str
+) -> None:
+    first = picture_of(engine, model=model)
+    picture_of(engine, model=model, image=save(scene_picture), num_inference_steps=5)
+    picture_of(engine, model=model, image=save(scene_picture), mask=save(Image.new("L", (256, 256), 255), "m.png"))
+    picture_of(engine, model=model, seed=8, num_inference_steps=1)
+    assert picture_of(engine, model=model).tobytes() == first.tobytes()
+    assert picture_of(engine, model=model, seed=8).tobytes() != first.tobytes()
+
+
+def test_a_picture_depends_on_its_seed_and_index_alone(engine: Engine) -> None:
+    both = [p.tobytes() for p in engine.generate(request_of(**QUICK, num_outputs=3))]
+    assert len(set(both)) == 3
+    assert [p.tobytes() for p in engine.generate(request_of(**QUICK, num_outputs=1))] == both[:1]
+    assert picture_of(engine, seed=QUICK["seed"] + 2).tobytes() == both[2]
+
+
+def test_the_global_random_state_is_left_alone(engine: Engine) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    picture_of(engine)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_guidance_has_an_effect_on_dev_and_none_on_schnell(engine: Engine) -> None:
+    assert picture_of(engine, guidance_scale=1.0).tobytes() != picture_of(engine, guidance_scale=5.0).tobytes()
+    schnell = [picture_of(engine, model="schnell", guidance_scale=scale).tobytes() for scale in (0.0, 5.0)]
+    assert schnell[0] == schnell[1]
+
+
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_as_many_steps_are_taken_as_asked(engine: Engine, model: str, steps: int) -> None:
+    request = request_of(**{**QUICK, "num_inference_steps": steps, "width": 256, "height": 256}, model=model)
+    pipeline = engine._models[model].pipelines[Mode.TXT2IMG]
+    next(engine.generate(request))
+    assert pipeline.num_timesteps == steps
+
+
+def test_more_steps_change_the_picture(engine: Engine) -> None:
+    assert picture_of(engine, num_inference_steps=1).tobytes() != picture_of(engine, num_inference_steps=2).tobytes()
+
+
+# Strength
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_strength_zero_returns_the_image_as_it_is(
+    engine: Engine, save: Save, scene_picture: Image.Image, with_mask: bool
+) -> None:
+    mask = {"mask": save(Image.new("L", (256, 256), 255), "m.png")} if with_mask else {}
+    request = request_of(**{**QUICK, "num_outputs": 2}, image=save(scene_picture), prompt_strength=0.0, **mask)
+    pictures = list(engine.generate(request))
+    assert [p.tobytes() for p in pictures] == [scene_picture.tobytes()] * 2
+
+
+@pytest.mark.parametrize("strength", [1e-9, 0.001, 0.02, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_strength_is_an_error(
+    engine: Engine, save: Save, scene_picture: Image.Image, strength: float, steps: int
+) -> None:
+    given = {**QUICK, "num_inference_steps": steps}
+    request = request_of(**given, image=save(scene_picture), prompt_strength=strength)
+    assert next(engine.generate(request)).size == (256, 256)
+    assert denoising_steps(request) >= 1
+
+
+def test_strength_one_ignores_what_the_image_shows(engine: Engine, save: Save, scene_picture: Image.Image) -> None:
+    other = save(Image.effect_noise((256, 256), 80), "other.png")
+    pictures = [
+        picture_of(engine, image=image, prompt_strength=1.0).tobytes() for image in (save(scene_picture), other)
+    ]
+    assert pictures[0] == pictures[1]
+
+
+def test_less_strength_stays_nearer_to_the_image(engine: Engine, save: Save, scene_picture: Image.Image) -> None:
+    image = save(scene_picture)
+    changes = [
+        np.abs(
+            np.asarray(picture_of(engine, image=image, prompt_strength=s, num_inference_steps=8), dtype=float)
+            - np.asarray(scene_picture, dtype=float)
+        ).mean()
+        for s in (0.2, 0.6, 1.0)
+    ]
+    assert changes[0] < changes[1] < changes[2]
+
+
+# Inpainting
+
+
+def test_black_of_the_mask_is_kept_to_the_pixel_and_white_is_repainted(engine: Engine, save: Save) -> None:
+    original = Image.effect_noise((256, 256), 60).convert("RGB")
+    mask = Image.new("L", (256, 256), 0)
+    mask.paste(255, (128, 0, 256, 256))
+    picture = picture_of(engine, image=save(original), mask=save(mask, "mask.png"), prompt_strength=1.0)
+    kept, repainted = (0, 0, 128, 256), (128, 0, 256, 256)
+    assert picture.crop(kept).tobytes() == original.crop(kept).tobytes()
+    assert picture.crop(repainted).tobytes() != original.crop(repainted).tobytes()
+
+
+def test_the_mask_of_another_size_is_fitted(engine: Engine, save: Save, scene_picture: Image.Image) -> None:
+    picture = picture_of(engine, image=save(scene_picture), mask=save(Image.new("L", (90, 90), 0), "m.png"))
+    assert picture.tobytes() == scene_picture.tobytes()
+
+
+# Sizes, prompts, faults
+
+
+@pytest.mark.parametrize("size", [(256, 1440), (400, 272)])
+def test_a_size_is_the_one_asked_for(engine: Engine, size: tuple[int, int]) -> None:
+    assert picture_of(engine, width=size[0], height=size[1], num_inference_steps=1).size == size
+
+
+def test_the_smallest_image_works(engine: Engine, save: Save) -> None:
+    assert picture_of(engine, image=save(Image.new("RGB", (3, 2)))).size == (16, 16)
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "é 漢字 😀 \x00 <|endoftext|> </s>", "red " * 5000])
+def test_any_prompt_gives_a_picture(engine: Engine, prompt: str) -> None:
+    assert picture_of(engine, prompt=prompt, num_inference_steps=1).size == (256, 256)
+
+
+def test_a_prompt_that_is_cut_is_said_in_the_log(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    picture_of(engine, prompt="secret words " * 40, num_inference_steps=1)
+    assert "reads the first 32" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.fixture
+def broken(engine: Engine) -> Iterator[None]:
+    """The VAE gives numbers that are not finite."""
+    vae = engine._models["dev"].pipelines[Mode.TXT2IMG].vae
+    weight = next(vae.decoder.parameters())
+    original = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    yield
+    weight.data.copy_(original)
+
+
+def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(engine: Engine, broken: None) -> None:
+    with pytest.raises(ModelError, match="not finite"):
+        picture_of(engine)
+
+
+def test_a_request_given_up_between_pictures_leaves_no_trace(engine: Engine) -> None:
+    golden = picture_of(engine).tobytes()
+    list(islice(engine.generate(request_of(**QUICK, num_outputs=3)), 1))
+    assert picture_of(engine).tobytes() == golden
+
+
+def test_the_full_profile_loads_from_local_folders() -> None:
+    """The same loading code, pointed at the tiny checkpoints as if they were the big ones."""
+    settings = Settings(profile="full", dev=str(TINY / "tiny-dev"), schnell=str(TINY / "tiny-schnell"))
+    profiles = model_profiles("full", settings)
+    engine = Engine(load_models(profiles, torch.device("cpu")), torch.device("cpu"))
+    assert picture_of(engine, model="schnell", num_inference_steps=1).size == (256, 256)
+    assert {p.name for p in profiles} == {"dev", "schnell"}

@@ -1,0 +1,88 @@
+"""The predictor called as Cog calls it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cog
+import pytest
+from PIL import Image
+
+from errors import InputError, LoraError
+from predict import Predictor
+from tests.conftest import QUICK, predict_arguments
+
+Save = Callable[..., Path]
+
+
+def predict(predictor: Predictor, **given: Any) -> list[Path]:
+    return [Path(file) for file in predictor.predict(**predict_arguments(**{**QUICK, **given}))]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
+def test_a_picture_comes_in_the_format_asked_for(predictor: Predictor, name: str, kind: str) -> None:
+    (file,) = predict(predictor, output_format=name)
+    assert file.suffix == f".{name}"
+    with Image.open(file) as picture:
+        assert (picture.format, picture.size) == (kind, (256, 256))
+
+
+def test_outputs_have_unique_names_and_the_ones_before_are_removed(predictor: Predictor) -> None:
+    first = predict(predictor, num_outputs=2)
+    assert all(file.exists() for file in first)
+    second = predict(predictor, num_outputs=2)
+    assert len({file.name for file in first + second}) == 4
+    assert not any(file.exists() for file in first)
+    assert not first[0].parent.exists()
+
+
+def test_a_failed_prediction_leaves_the_next_one_unharmed(predictor: Predictor) -> None:
+    golden = predict(predictor)[0].read_bytes()
+    with pytest.raises(InputError):
+        predict(predictor, go_fast=True, aspect_ratio="1:1")
+    with pytest.raises(LoraError):
+        predict(predictor, extra_lora="a/b")
+    assert predict(predictor)[0].read_bytes() == golden
+
+
+def test_the_seed_is_in_the_log_and_the_prompt_is_not(predictor: Predictor, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    predict(predictor, seed=4242, prompt="a hidden phrase", hf_api_token=cog.Secret("hf_canary"))
+    assert "seed 4242" in caplog.text
+    assert "hidden" not in caplog.text
+    assert "canary" not in caplog.text
+
+
+def test_the_uploaded_image_is_used(predictor: Predictor, save: Save, scene_picture: Image.Image) -> None:
+    image = cog.Path(save(scene_picture))
+    (file,) = predict(predictor, image=image, prompt_strength=0.0)
+    with Image.open(file) as picture:
+        assert picture.tobytes() == scene_picture.tobytes()
+
+
+@pytest.mark.parametrize("name", ["image", "mask"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/etc/hostname",
+        "",
+        "file:///etc/hostname",
+        cog.Path("/etc/hostname"),
+        cog.Path(tempfile.gettempdir()) / "../etc",
+    ],
+)
+def test_a_file_that_was_not_uploaded_is_refused(predictor: Predictor, name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name} is not an uploaded file") as caught:
+        predict(predictor, **{name: value})
+    assert "etc" not in str(caught.value)
+
+
+def test_a_link_out_of_the_temporary_folder_is_refused(predictor: Predictor) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "picture.png"
+        link.symlink_to("/etc/hostname")
+        with pytest.raises(InputError, match="not an uploaded file"):
+            predict(predictor, image=cog.Path(link))

@@ -1,0 +1,155 @@
+"""Every row of the contract's semantics that concerns sizes, modes, seed and strength, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from errors import InputError, LoraError
+from request import Mode, Size
+from tests.conftest import request_of
+
+Save = Callable[..., Path]
+
+ONE_MEGAPIXEL = {
+    "1:1": (1024, 1024), "16:9": (1344, 768), "21:9": (1536, 640), "3:2": (1216, 832), "2:3": (832, 1216),
+    "4:5": (896, 1088), "5:4": (1088, 896), "3:4": (896, 1152), "4:3": (1152, 896), "9:16": (768, 1344),
+    "9:21": (640, 1536),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ratio", "sides"), ONE_MEGAPIXEL.items())
+def test_aspect_ratio_gives_the_size_of_the_contract(ratio: str, sides: tuple[int, int]) -> None:
+    assert request_of(aspect_ratio=ratio).size == Size(*sides)
+
+
+@pytest.mark.parametrize(("ratio", "sides"), ONE_MEGAPIXEL.items())
+def test_a_quarter_megapixel_halves_both_sides(ratio: str, sides: tuple[int, int]) -> None:
+    assert request_of(aspect_ratio=ratio, megapixels="0.25").size == Size(sides[0] // 2, sides[1] // 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"), [(256, 256), (263, 256), (264, 272), (1000, 1008), (1431, 1424), (1432, 1440), (1440, 1440)]
+)
+def test_custom_sides_are_rounded_to_the_nearest_multiple_of_16_ties_up(asked: int, got: int) -> None:
+    request = request_of(aspect_ratio="custom", width=asked, height=512, megapixels="0.25")
+    assert request.size == Size(got, 512)
+
+
+@pytest.mark.parametrize(
+    ("sides", "missing"), [({"width": 512}, "height"), ({"height": 512}, "width"), ({}, "width and height")]
+)
+def test_custom_names_the_missing_side(sides: dict[str, int], missing: str) -> None:
+    with pytest.raises(InputError, match=f"but {missing} was not given"):
+        request_of(aspect_ratio="custom", **sides)
+
+
+def test_width_and_height_are_ignored_without_custom() -> None:
+    assert request_of(aspect_ratio="1:1", width=256, height=256).size == Size(1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    [
+        ((512, 512), (512, 512)),
+        ((2000, 1500), (1440, 1088)),  # 1080 lies between 1072 and 1088: the tie goes up
+        ((1500, 3000), (720, 1440)),
+        ((100, 37), (96, 32)),
+        ((5, 5), (16, 16)),
+        ((40, 5), (48, 16)),
+    ],
+)
+def test_an_image_decides_the_size(save: Save, picture: tuple[int, int], size: tuple[int, int]) -> None:
+    request = request_of(image=save(Image.new("RGB", picture)), aspect_ratio="16:9", megapixels="0.25", width=700)
+    assert request.size == Size(*size)
+    assert request.image is not None
+    assert request.image.size == size
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000))
+def test_every_pair_of_sides_gives_a_valid_size(width: int, height: int) -> None:
+    size = Size.from_sides(width, height)
+    assert 16 <= size.width <= 1440
+    assert 16 <= size.height <= 1440
+    if max(width, height) <= 1440:
+        assert abs(size.width - width) <= 8 or width < 8
+
+
+@pytest.mark.parametrize("sides", [(0, 16), (16, 8), (17, 16), (-16, 16)])
+def test_a_size_that_is_none_cannot_be_made(sides: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        Size(*sides)
+
+
+def test_the_mode_follows_from_the_images(save: Save) -> None:
+    picture = save(Image.new("RGB", (64, 64)))
+    assert request_of().mode is Mode.TXT2IMG
+    assert request_of(image=picture).mode is Mode.IMG2IMG
+    assert request_of(image=picture, mask=picture).mode is Mode.INPAINT
+
+
+def test_a_mask_without_an_image_is_rejected(save: Save) -> None:
+    with pytest.raises(InputError, match="mask was given without an image"):
+        request_of(mask=save(Image.new("L", (64, 64))))
+
+
+def test_image_and_mask_are_both_upright_and_of_the_output_size(save: Save) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6  # rotated by 90 degrees
+    image = save(Image.new("RGB", (100, 60)), "image.jpg", exif=tags)
+    mask = save(Image.new("L", (100, 60)), "mask.jpg", exif=tags)
+    request = request_of(image=image, mask=mask)
+    assert request.image is not None
+    assert request.mask is not None
+    assert request.image.size == request.mask.size == (64, 96)
+
+
+def test_prompt_strength_counts_only_with_an_image(save: Save) -> None:
+    assert request_of(prompt_strength=0.3).strength == 1.0
+    assert request_of(prompt_strength=0.3, image=save(Image.new("RGB", (64, 64)))).strength == 0.3
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32, 2**64 - 1])
+def test_a_seed_is_used_as_given(seed: int) -> None:
+    assert request_of(seed=seed).seed == seed
+
+
+@pytest.mark.parametrize("seed", [None, -1, -(10**30)])
+def test_no_seed_or_a_negative_one_means_random(seed: int | None) -> None:
+    assert request_of(seed=seed, random_seed=lambda: 12345).seed == 12345
+
+
+def test_random_seeds_have_32_bits_and_differ() -> None:
+    seeds = {request_of(seed=None).seed for _ in range(50)}
+    assert len(seeds) == 50
+    assert max(seeds) < 2**32
+
+
+def test_seeds_beyond_64_bits_are_taken_modulo() -> None:
+    assert request_of(seed=2**64 + 5).seed == 5
+    assert request_of(seed=2**64 - 1).seed_of(2) == 1
+
+
+@pytest.mark.parametrize("name", ["replicate_weights", "extra_lora"])
+def test_a_lora_is_a_clear_error_until_they_work(name: str) -> None:
+    with pytest.raises(LoraError, match=f"{name} asks for a LoRA"):
+        request_of(**{name: "fofr/flux-pixar-cars"})
+
+
+def test_an_empty_lora_reference_means_none() -> None:
+    assert request_of(replicate_weights=" ", extra_lora="").mode is Mode.TXT2IMG
+
+
+def test_go_fast_is_a_clear_error_until_it_works() -> None:
+    with pytest.raises(InputError, match="Set go_fast to false"):
+        request_of(go_fast=True)
+
+
+def test_go_fast_with_a_custom_size_runs_exact_and_says_so() -> None:
+    request = request_of(go_fast=True, aspect_ratio="custom", width=256, height=256)
+    assert any("custom size runs in the original precision" in note for note in request.notes)

@@ -1,0 +1,40 @@
+"""The settings from an environment, and the errors that name the variable."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.profiles import choose_profile, model_profiles
+from errors import SettingsError
+from settings import Settings
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert Settings.from_env({}) == Settings()
+
+
+@pytest.mark.parametrize("value", ["big", "", "TINY"])
+def test_a_wrong_profile_names_the_variable(value: str) -> None:
+    with pytest.raises(SettingsError, match=f'FLUX_PROFILE is "{value}". Set it to one of auto, full, tiny'):
+        Settings.from_env({"FLUX_PROFILE": value})
+
+
+@pytest.mark.parametrize("name", ["FLUX_DEV", "FLUX_SCHNELL"])
+def test_an_empty_model_source_names_the_variable(name: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        Settings.from_env({name: " "})
+
+
+@pytest.mark.parametrize(
+    ("profile", "cuda", "chosen"),
+    [("auto", True, "full"), ("auto", False, "tiny"), ("tiny", True, "tiny"), ("full", False, "full")],
+)
+def test_the_profile_follows_the_setting_then_the_device(profile: str, cuda: bool, chosen: str) -> None:
+    assert choose_profile(Settings(profile=profile), cuda)[0] == chosen
+
+
+def test_the_full_profile_takes_its_sources_from_the_settings() -> None:
+    settings = Settings.from_env({"FLUX_PROFILE": "full", "FLUX_DEV": "/models/dev", "FLUX_SCHNELL": "/models/schnell"})
+    dev, schnell = model_profiles("full", settings)
+    assert (dev.source, dev.shared_source, dev.max_prompt_tokens) == ("/models/dev", "/models/dev", 512)
+    assert (schnell.source, schnell.shared_source, schnell.max_prompt_tokens) == ("/models/schnell", "/models/dev", 256)
