@@ -51,12 +51,12 @@ def background_of(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
     """The median colour of the outermost thirtieth of the picture."""
     edge = max(2, min(pixels.shape[:2]) // 30)
     border = [pixels[:edge], pixels[-edge:], pixels[:, :edge].swapaxes(0, 1), pixels[:, -edge:].swapaxes(0, 1)]
-    return np.median(np.concatenate([part.reshape(-1, 3) for part in border]), axis=0)
+    return np.asarray(np.median(np.concatenate([part.reshape(-1, 3) for part in border]), axis=0))
 
 
 def object_mask(pixels: NDArray[np.float64], background: NDArray[np.float64]) -> Mask:
     """Where the picture differs from its background."""
-    return np.linalg.norm(pixels - background, axis=-1) > DIFFERENT
+    return np.asarray(np.linalg.norm(pixels - background, axis=-1) > DIFFERENT)
 
 
 def crop(mask: Mask) -> Mask | None:

@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ def two_halves(size: tuple[int, int] = (64, 32)) -> Image.Image:
     return picture
 
 
-def close(found: object, wanted: tuple[int, ...], tolerance: int = 12) -> bool:
-    return bool(np.abs(np.subtract(found, wanted)).max() <= tolerance)  # type: ignore[arg-type]
+def close(found: Any, wanted: tuple[int, ...], tolerance: int = 12) -> bool:
+    return bool(np.abs(np.subtract(found, wanted)).max() <= tolerance)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.avif"])

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(width, height) in pixels, multiples of 16."""
-TOKENS_A_STEP = 6144
+TOKENS_A_STEP = 4096
 EMPTY_SHARE = 0.1
 FLAT_WEIGHT = 0.25
 """Loss weight of a token that is all background, beside 1 for those of the objects."""
@@ -104,25 +104,25 @@ def make_pool(
 def pack(latents: Tensor) -> Tensor:
     """(B, 16, H/8, W/8) -> (B, H/16 * W/16, 64), as the pipelines do."""
     batch, channels, height, width = latents.shape
-    return FluxPipeline._pack_latents(latents, batch, channels, height, width)
+    packed: Tensor = FluxPipeline._pack_latents(latents, batch, channels, height, width)
+    return packed
 
 
 def draw_batch(pool: Pool, batch: int, keep: int | None, empty: tuple[Tensor, Tensor], rng: random.Random) -> Batch:
     """A batch of one pool; with `keep`, only that many of its tokens, at random; one prompt in ten is empty."""
     chosen = torch.tensor(rng.choices(range(len(pool.latents)), k=batch))
-    latents = pool.latents[chosen].float()
-    weights = 1 - (1 - FLAT_WEIGHT) * ((latents - latents[:, :1]).abs().mean(-1) < 0.15).float()
     width, height = pool.size
     ids = FluxPipeline._prepare_latent_image_ids(batch, height // 16, width // 16, "cpu", torch.float32)
-    full_tokens = latents.shape[1]
-    if keep is not None and keep < full_tokens:
-        order = torch.tensor(sorted(rng.sample(range(full_tokens), keep)))
-        latents, ids, weights = latents[:, order], ids[order], weights[:, order]
+    full_tokens = pool.latents.shape[1]
+    kept = torch.tensor(sorted(rng.sample(range(full_tokens), min(keep or full_tokens, full_tokens))))
+    latents = pool.latents[chosen[:, None], kept].float()
+    corner = pool.latents[chosen, 0].float()
+    weights = 1 - (1 - FLAT_WEIGHT) * ((latents - corner[:, None]).abs().mean(-1) < 0.15).float()
     pooled, states = pool.pooled[chosen].float(), pool.states[chosen].float()
     dropped = torch.tensor([rng.random() < EMPTY_SHARE for _ in range(batch)])
     pooled = torch.where(dropped[:, None], empty[0], pooled)
     states = torch.where(dropped[:, None, None], empty[1], states)
-    return Batch(latents, ids, weights, pooled, states, full_tokens)
+    return Batch(latents, ids[kept], weights, pooled, states, full_tokens)
 
 
 # The loss
@@ -146,15 +146,22 @@ def noise_levels(batch: int, tokens: int, emphasis: float) -> Tensor:
 def velocity(
     model: FluxTransformer2DModel, noisy: Tensor, levels: Tensor, batch: Batch, guidance: Tensor | None
 ) -> Tensor:
-    """The model's velocity (B, T, 64) at noise levels (B,) and, for dev, guidance (B,)."""
+    """The model's velocity (B, T, 64) at noise levels (B,) and, for dev, guidance (B,).
+
+    Where a batch holds a part of a picture's tokens, each stands for several: the attention weighs it so.
+    """
+    prompt_tokens, image_tokens = batch.states.shape[1], noisy.shape[1]
+    weighing = torch.zeros(1, 1, 1, prompt_tokens + image_tokens)
+    weighing[..., prompt_tokens:] = math.log(batch.full_tokens / image_tokens)
     (predicted,) = model(
         hidden_states=noisy,
         timestep=levels,
         guidance=guidance,
         pooled_projections=batch.pooled,
         encoder_hidden_states=batch.states,
-        txt_ids=torch.zeros(batch.states.shape[1], 3),
+        txt_ids=torch.zeros(prompt_tokens, 3),
         img_ids=batch.image_ids,
+        joint_attention_kwargs=None if image_tokens == batch.full_tokens else {"attention_mask": weighing},
         return_dict=False,
     )
     return torch.as_tensor(predicted)

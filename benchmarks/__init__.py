@@ -1,0 +1,1 @@
+"""Measurements, and the figures that they gave."""

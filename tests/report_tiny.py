@@ -1,0 +1,173 @@
+"""Judge the embedded model over held-out prompts and draw its contact sheets: `python -m tests.report_tiny`.
+
+Writes `engine/tiny/accuracy.md` and the pictures under `docs/`. Takes about half an hour on 2 cores; `--quick` draws
+the sheets and judges a tenth of the prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import time
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from engine.engine import Engine
+from logs import configure_logging
+from predict import Predictor
+from request import GenerationRequest, Mode, Size
+from tests.judge import Verdict, judge
+from training.world import Scene, Thing, draw_scene, held_out_scenes, place, prompt_of
+
+logger = logging.getLogger("report")
+
+PROJECT = Path(__file__).parent.parent
+HELD_OUT_SEED = 2026
+STEPS = {"dev": 28, "schnell": 4}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a model at a size, and over how many held-out prompts."""
+
+    model: str
+    size: tuple[int, int]
+    prompts: int
+
+
+ROWS = [
+    Row(model, size, prompts)
+    for model in STEPS
+    for size, prompts in (
+        ((512, 512), 200), ((256, 256), 200), ((1024, 1024), 20), ((1344, 768), 20), ((768, 1344), 20),
+    )
+]  # fmt: skip
+
+
+def tiny_engine() -> Engine:
+    """The engine of the tiny profile, without progress bars."""
+    predictor = Predictor()
+    predictor.setup()
+    for model in predictor._engine._models.values():
+        for pipeline in model.pipelines.values():
+            pipeline.set_progress_bar_config(disable=True)
+    return predictor._engine
+
+
+def picture(engine: Engine, prompt: str, model: str, size: tuple[int, int], seed: int, **given: Any) -> Image.Image:
+    """One picture at the model's own number of steps and guidance 3."""
+    request = GenerationRequest(
+        prompt=prompt,
+        mode=given.pop("mode", Mode.TXT2IMG),
+        size=Size(*size),
+        model=model,
+        num_outputs=1,
+        num_inference_steps=STEPS[model],
+        guidance_scale=3.0,
+        strength=given.pop("strength", 1.0),
+        seed=seed,
+        output_format="png",
+        output_quality=80,
+        **given,
+    )
+    return next(engine.generate(request))
+
+
+def verdicts(engine: Engine, row: Row, scenes: list[Scene]) -> list[Verdict]:
+    """The judge's verdict on each scene's picture."""
+    found = []
+    for seed, scene in enumerate(scenes):
+        shown = picture(engine, prompt_of(scene), row.model, row.size, seed)
+        found.append(judge(shown, scene))
+        if not all(astuple(found[-1])):
+            logger.info("%s %dx%d: %s: %s", row.model, *row.size, prompt_of(scene), found[-1])
+    return found
+
+
+def share(flags: list[bool]) -> str:
+    """How many of the flags are set, in per cent."""
+    return f"{100 * sum(flags) / len(flags):.1f}" if flags else "-"
+
+
+def table(engine: Engine, prompts_share: float) -> str:
+    """The accuracy table as Markdown."""
+    lines = [
+        "| model | size | prompts | background % | colour % | shape % | place % | both of two objects % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        scenes = held_out_scenes(max(4, round(row.prompts * prompts_share)), HELD_OUT_SEED)
+        started = time.monotonic()
+        found = verdicts(engine, row, scenes)
+        columns = [share(list(column)) for column in zip(*map(astuple, found), strict=True)]
+        pairs = [all(astuple(v)) for v, scene in zip(found, scenes, strict=True) if len(scene.things) == 2]
+        cells = [f"tiny-{row.model}", f"{row.size[0]}x{row.size[1]}", str(len(scenes)), *columns, share(pairs)]
+        lines.append(f"| {' | '.join(cells)} |")
+        logger.info("%s in %.0f s", lines[-1], time.monotonic() - started)
+    return "\n".join(lines) + "\n"
+
+
+def contact_sheet(pictures: list[tuple[str, Image.Image]], columns: int, side: int = 192) -> Image.Image:
+    """Pictures in a grid, each with its caption below."""
+    gap, caption = 8, 26
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + caption + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (words, shown) in enumerate(pictures):
+        x, y = gap + index % columns * (side + gap), gap + index // columns * (side + caption + gap)
+        fitted = shown.copy()
+        fitted.thumbnail((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(fitted, (x + (side - fitted.width) // 2, y + (side - fitted.height) // 2))
+        half = words.find(" on a") if len(words) > 34 else len(words)
+        draw.text((x, y + side + 1), f"{words[:half]}\n{words[half:].strip()}", fill=(60, 60, 60), font_size=10)
+    return sheet
+
+
+def sheets(engine: Engine, folder: Path) -> None:
+    """Write the contact sheets of both models and of the modes."""
+    folder.mkdir(exist_ok=True)
+    scenes = held_out_scenes(18, HELD_OUT_SEED)
+    for model in STEPS:
+        shown = [
+            (prompt_of(s), picture(engine, prompt_of(s), model, (512, 512), seed)) for seed, s in enumerate(scenes)
+        ]
+        contact_sheet(shown, 6).save(folder / f"tiny-{model}.webp", quality=85, method=6)
+    contact_sheet(modes(engine), 6).save(folder / "modes.webp", quality=85, method=6)
+
+
+def modes(engine: Engine) -> list[tuple[str, Image.Image]]:
+    """An input, image to image at three strengths, a mask, and what is painted into it."""
+    size = (512, 512)
+    scene = Scene("white", (Thing("square", "blue"),))
+    source = draw_scene(scene, *size, place(scene, *size, random.Random(1)))
+    shown = [("the input image", source)]
+    for strength in (0.5, 0.8, 0.95):
+        prompt = "a red star on a yellow background"
+        made = picture(engine, prompt, "dev", size, 3, mode=Mode.IMG2IMG, image=source, strength=strength)
+        shown.append((f"{prompt}, prompt_strength {strength}", made))
+    mask = Image.new("L", size, 0)
+    ImageDraw.Draw(mask).rectangle((96, 96, 416, 416), fill=255)
+    prompt = "a red heart on a white background"
+    made = picture(engine, prompt, "dev", size, 3, mode=Mode.INPAINT, image=source, mask=mask, strength=1.0)
+    return [*shown, ("the mask: white is repainted", mask.convert("RGB")), (prompt, made)]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Judge the embedded model and draw its contact sheets.")
+    parser.add_argument("--quick", action="store_true", help="judge a tenth of the prompts")
+    parser.add_argument("--sheets", action="store_true", help="draw the sheets alone")
+    arguments = parser.parse_args()
+    configure_logging()
+    engine = tiny_engine()
+    sheets(engine, PROJECT / "docs")
+    if not arguments.sheets:
+        (PROJECT / "engine" / "tiny" / "accuracy.md").write_text(table(engine, 0.1 if arguments.quick else 1.0))
+
+
+if __name__ == "__main__":
+    main()

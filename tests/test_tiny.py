@@ -1,0 +1,110 @@
+"""The embedded model: what it must show, how large it may be, and that the judge of it can tell right from wrong."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.engine import Engine
+from engine.profiles import TINY
+from tests.judge import judge
+from tests.report_tiny import HELD_OUT_SEED, ROWS, Row, verdicts
+from training.world import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    Thing,
+    draw_scene,
+    held_out_scenes,
+    is_held_out,
+    place,
+    prompt_of,
+    training_scene,
+)
+
+LORAS = Path(__file__).parent / "data" / "loras"
+
+
+def drawn(scene: Scene, size: tuple[int, int] = (256, 256), seed: int = 0) -> Image.Image:
+    return draw_scene(scene, *size, place(scene, *size, random.Random(seed)))
+
+
+# The judge
+
+
+@pytest.mark.parametrize("size", [(128, 128), (256, 256), (512, 512), (1344, 768), (768, 1344)])
+def test_the_judge_finds_everything_right_in_drawn_scenes(size: tuple[int, int]) -> None:
+    for index, scene in enumerate(held_out_scenes(60, 1)):
+        assert all(astuple(judge(drawn(scene, size, index), scene))), prompt_of(scene)
+
+
+def test_the_judge_sees_each_thing_that_is_wrong() -> None:
+    truth = Scene("white", (Thing("circle", "red", "", "left"),))
+    wrong = {
+        "background": Scene("yellow", truth.things),
+        "colour": Scene("white", (Thing("circle", "blue", "", "left"),)),
+        "shape": Scene("white", (Thing("square", "red", "", "left"),)),
+        "place": Scene("white", (Thing("circle", "red", "", "right"),)),
+    }
+    for part, scene in wrong.items():
+        verdict = judge(drawn(scene), truth)
+        assert [name for name in wrong if not getattr(verdict, name)] == [part]
+
+
+def test_the_judge_is_not_pleased_by_an_empty_picture() -> None:
+    scene = Scene("white", (Thing("circle", "red"),))
+    verdict = judge(Image.new("RGB", (256, 256), COLOURS["white"]), scene)
+    assert astuple(verdict) == (True, False, False, False)
+
+
+# The world
+
+
+def test_held_out_scenes_are_never_drawn_in_training() -> None:
+    rng = random.Random(0)
+    trained = {training_scene(rng).key for _ in range(5000)}
+    assert not trained & {scene.key for scene in held_out_scenes(200, HELD_OUT_SEED)}
+
+
+def test_one_in_five_combinations_is_held_out() -> None:
+    scenes = [
+        Scene(background, (Thing(shape, colour),))
+        for background in COLOURS for colour in COLOURS for shape in SHAPES if colour != background
+    ]  # fmt: skip
+    assert 0.15 < sum(map(is_held_out, scenes)) / len(scenes) < 0.25
+
+
+# The checkpoints
+
+
+def test_the_checkpoints_are_small() -> None:
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 16 * 2**20
+
+
+def test_the_checkpoints_hold_no_path_of_the_machine_that_made_them() -> None:
+    for path in TINY.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("row", "least"),
+    [(Row("dev", (256, 256), 16), (0.9, 0.8, 0.7)), (Row("schnell", (512, 512), 24), (0.9, 0.8, 0.7))],
+    ids=["dev", "schnell"],
+)
+def test_it_follows_held_out_prompts(engine: Engine, row: Row, least: tuple[float, float, float]) -> None:
+    """A sample of the table in engine/tiny/accuracy.md, low enough not to fail by chance."""
+    found = verdicts(engine, row, held_out_scenes(row.prompts, HELD_OUT_SEED))
+    shares = [sum(column) / len(found) for column in zip(*map(astuple, found), strict=True)]
+    assert all(share >= bound for share, bound in zip(shares, least, strict=False)), shares
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model}-{row.size[0]}x{row.size[1]}")
+def test_the_whole_table_holds(engine: Engine, row: Row) -> None:
+    least = 0.95 if row.size == (512, 512) else 0.85
+    found = verdicts(engine, row, held_out_scenes(row.prompts, HELD_OUT_SEED))
+    assert all(sum(column) / len(found) >= least for column in list(zip(*map(astuple, found), strict=True))[:3])
