@@ -192,11 +192,9 @@ class Predictor(BasePredictor):
                 files.append(Path(file))
             logger.info("%d pictures in %.1f s", len(files), time.monotonic() - started)
             return files
-        except PredictionError as error:
-            logger.error("%s: %s", type(error).__name__, error)
-            raise
-        except Exception:
-            logger.exception("the prediction failed")
+        except BaseException as error:  # a cancellation too, which is no Exception
+            self._outputs.clear()
+            log_failure(error)
             raise
 
     def _announce(self, request: GenerationRequest) -> None:
@@ -218,10 +216,25 @@ class OutputFolder:
 
     def fresh(self) -> pathlib.Path:
         """Return a new empty folder of a name that no other has."""
-        if self._current is not None:
-            self._current.cleanup()
+        self.clear()
         self._current = tempfile.TemporaryDirectory(prefix="flux-")
         return pathlib.Path(self._current.name)
+
+    def clear(self) -> None:
+        """Remove the folder and what is in it."""
+        if self._current is not None:
+            self._current.cleanup()
+        self._current = None
+
+
+def log_failure(error: BaseException) -> None:
+    """Log why a prediction ended: our own errors by their message, mistakes with their trace, a cancellation briefly."""
+    if isinstance(error, PredictionError):
+        logger.error("%s: %s", type(error).__name__, error)
+    elif isinstance(error, Exception):
+        logger.error("the prediction failed", exc_info=error)
+    else:
+        logger.info("the prediction was given up: %s", type(error).__name__)
 
 
 def uploaded(file: Optional[pathlib.Path], name: str) -> Optional[pathlib.Path]:

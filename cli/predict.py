@@ -20,18 +20,27 @@ from errors import InputError, PredictionError, SettingsError
 EXAMPLE = 'script/predict -i prompt="a large red circle on a white background"'
 
 
-def parse_inputs(pairs: list[str], schemas: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Turn `name=value` arguments into typed inputs, with every default filled in; files are copied into `folder`.
+def name_value(text: str) -> tuple[str, str]:
+    """Split `name=value`; the value may hold further equals signs.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no equals sign.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f'"{text}" has no value: write -i name=value')
+    return name, value
+
+
+def parse_inputs(pairs: list[tuple[str, str]], schemas: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Turn names and texts into typed inputs, with every default filled in; files are copied into `folder`.
 
     Raises:
         InputError: an unknown or missing input, or a value that the schema does not allow.
     """
     properties = schemas["Input"]["properties"]
     given: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise InputError(f'-i "{pair}" has no value. Write -i name=value.')
+    for name, text in pairs:
         if name not in properties:
             raise InputError(f'There is no input "{name}". The inputs are: {", ".join(properties)}.')
         given[name] = parse_value(name, text, _resolved(properties[name], schemas), folder)
@@ -91,7 +100,7 @@ def _file(name: str, text: str, folder: Path) -> cog.Path:
     return cog.Path(shutil.copy(source, folder / f"{name}{source.suffix}"))
 
 
-def run(pairs: list[str], output: Path) -> list[Path]:
+def run(pairs: list[tuple[str, str]], output: Path) -> list[Path]:
     """Make one prediction and return the files written into `output`."""
     from predict import Predictor
 
@@ -108,7 +117,13 @@ def main() -> None:
     """The command line. Exit status: 0 pictures written, 1 a wrong input or a failed prediction, 2 wrong usage."""
     parser = argparse.ArgumentParser(prog="script/predict", description="Make pictures.", epilog=f"Example: {EXAMPLE}")
     parser.add_argument(
-        "-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE for a file"
+        "-i",
+        "--input",
+        action="append",
+        type=name_value,
+        default=[],
+        metavar="NAME=VALUE",
+        help="an input; @FILE for a file",
     )
     parser.add_argument("-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="where the pictures go")
     arguments = parser.parse_args()

@@ -15,7 +15,7 @@ from PIL import Image
 from engine.engine import Engine
 from logs import configure_logging
 from predict import Predictor
-from request import GenerationRequest, build_request
+from request import GenerationRequest, Mode, build_request
 from training.world import Scene, Thing, draw_scene, place
 
 QUICK: dict[str, Any] = {
@@ -79,3 +79,14 @@ def scene_picture() -> Image.Image:
 
     scene = Scene("white", (Thing("square", "blue"),))
     return draw_scene(scene, 256, 256, place(scene, 256, 256, random.Random(1)))
+
+
+@pytest.fixture
+def broken_vae(engine: Engine) -> Iterator[None]:
+    """The VAE gives numbers that are not finite."""
+    vae = engine._models["dev"].pipelines[Mode.TXT2IMG].vae
+    weight = next(vae.decoder.parameters())
+    original = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    yield
+    weight.data.copy_(original)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cli.predict import parse_inputs
+from cli.predict import name_value, parse_inputs
 from cli.schema import input_schemas
 from errors import InputError
 from predict import Predictor
@@ -69,8 +69,9 @@ def test_a_wrong_input_prints_one_message_and_exits_1(tmp_path: Path, arguments:
     assert "Traceback" not in done.stderr
 
 
-def test_wrong_usage_exits_2(tmp_path: Path) -> None:
-    done = script_predict(tmp_path, "--fast")
+@pytest.mark.parametrize("arguments", [["--fast"], ["-i", "prompt"], ["-o"]])
+def test_wrong_usage_exits_2(tmp_path: Path, arguments: list[str]) -> None:
+    done = script_predict(tmp_path, *arguments)
     assert done.returncode == 2
     assert "usage: script/predict" in done.stderr
 
@@ -78,7 +79,6 @@ def test_wrong_usage_exits_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ("prompt", "has no value"),
         ("colour=red", 'There is no input "colour". The inputs are: prompt, image'),
         ("seed=many", 'seed is "many". Give a whole number.'),
         ("guidance_scale=lots", "Give a number."),
@@ -90,13 +90,13 @@ def test_wrong_usage_exits_2(tmp_path: Path) -> None:
 )
 def test_each_wrong_input_has_a_message(pair: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        parse_inputs(["prompt=x", pair], SCHEMAS, tmp_path)
+        parse_inputs([("prompt", "x"), name_value(pair)], SCHEMAS, tmp_path)
     assert message in str(caught.value)
 
 
 def test_inputs_are_typed_and_defaults_filled_in(tmp_path: Path) -> None:
     pairs = ["prompt=a = b", "seed=-1", "guidance_scale=2", "go_fast=True", "hf_api_token=hf_x"]
-    inputs = parse_inputs(pairs, SCHEMAS, tmp_path)
+    inputs = parse_inputs([name_value(pair) for pair in pairs], SCHEMAS, tmp_path)
     assert list(inputs) == list(SCHEMAS["Input"]["properties"])
     assert (inputs["prompt"], inputs["seed"], inputs["guidance_scale"], inputs["go_fast"]) == ("a = b", -1, 2.0, True)
     assert (inputs["model"], inputs["num_inference_steps"], inputs["image"]) == ("dev", 28, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -195,18 +195,8 @@ def test_a_prompt_that_is_cut_is_said_in_the_log(engine: Engine, caplog: pytest.
     assert "secret" not in caplog.text
 
 
-@pytest.fixture
-def broken(engine: Engine) -> Iterator[None]:
-    """The VAE gives numbers that are not finite."""
-    vae = engine._models["dev"].pipelines[Mode.TXT2IMG].vae
-    weight = next(vae.decoder.parameters())
-    original = weight.detach().clone()
-    weight.data.fill_(float("nan"))
-    yield
-    weight.data.copy_(original)
-
-
-def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(engine: Engine, broken: None) -> None:
+@pytest.mark.usefixtures("broken_vae")
+def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(engine: Engine) -> None:
     with pytest.raises(ModelError, match="not finite"):
         picture_of(engine)
 

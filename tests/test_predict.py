@@ -11,7 +11,7 @@ import cog
 import pytest
 from PIL import Image
 
-from errors import InputError, LoraError
+from errors import InputError, LoraError, ModelError
 from predict import Predictor
 from tests.conftest import QUICK, predict_arguments
 
@@ -46,6 +46,15 @@ def test_a_failed_prediction_leaves_the_next_one_unharmed(predictor: Predictor) 
     with pytest.raises(LoraError):
         predict(predictor, extra_lora="a/b")
     assert predict(predictor)[0].read_bytes() == golden
+
+
+@pytest.mark.usefixtures("broken_vae")
+def test_a_prediction_that_fails_half_way_leaves_no_files(predictor: Predictor) -> None:
+    predictor._outputs.clear()
+    before = set(Path(tempfile.gettempdir()).glob("flux-*"))
+    with pytest.raises(ModelError):
+        predict(predictor)
+    assert set(Path(tempfile.gettempdir()).glob("flux-*")) == before
 
 
 def test_the_seed_is_in_the_log_and_the_prompt_is_not(predictor: Predictor, caplog: pytest.LogCaptureFixture) -> None:

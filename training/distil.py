@@ -18,7 +18,7 @@ from torch import Tensor
 from training.flow import Batch, mix, new_transformer, noise_levels, velocity, weighted_error
 
 GUIDANCE_RANGE = (1.0, 6.0)
-PLAIN_SHARE = 0.25
+PLAIN_SHARE = 0.4
 """Share of the samples that go on learning the data itself, at guidance 1."""
 SCHNELL_GUIDANCE = 3.0
 SCHNELL_STRIDE = 0.25
