@@ -39,8 +39,8 @@ class Predictor(BasePredictor):
         profile, reason = choose_profile(settings, torch.cuda.is_available())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         logger.info("profile %s on %s: %s", profile, device, reason)
-        self._engine = Engine(load_models(model_profiles(profile, settings), device), device)
-        self._outputs = OutputFolder()
+        self.engine = Engine(load_models(model_profiles(profile, settings), device), device)
+        self.outputs = OutputFolder()
         logger.info("no safety checker in this version: outputs are not checked")
         logger.info("ready in %.1f s", time.monotonic() - started)
 
@@ -184,16 +184,16 @@ class Predictor(BasePredictor):
                 extra_lora=extra_lora,
             )
             self._announce(request)
-            folder = self._outputs.fresh()
+            folder = self.outputs.fresh()
             files = []
-            for index, picture in enumerate(self._engine.generate(request)):
+            for index, picture in enumerate(self.engine.generate(request)):
                 file = folder / f"{folder.name}-{index}.{request.output_format}"
                 file.write_bytes(encode(picture, request.output_format, request.output_quality))
                 files.append(Path(file))
-            logger.info("%d pictures in %.1f s", len(files), time.monotonic() - started)
+            logger.info("pictures made: %d, in %.1f s", len(files), time.monotonic() - started)
             return files
         except BaseException as error:  # a cancellation too, which is no Exception
-            self._outputs.clear()
+            self.outputs.clear()
             log_failure(error)
             raise
 

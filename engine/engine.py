@@ -26,7 +26,7 @@ class Engine:
     """The loaded models, and the one way to use them."""
 
     def __init__(self, models: Mapping[str, Model], device: torch.device) -> None:
-        self._models = models
+        self.models = models
         self._device = device
 
     def generate(self, request: GenerationRequest) -> Iterator[Image.Image]:
@@ -38,7 +38,7 @@ class Engine:
         if request.image is not None and denoising_steps(request) == 0:
             yield from (request.image.copy() for _ in range(request.num_outputs))
             return
-        model = self._models[request.model]
+        model = self.models[request.model]
         pipeline = model.pipelines[request.mode]
         prompt_embeds, pooled = self._encode_prompt(pipeline, model, request.prompt)
         for index in range(request.num_outputs):

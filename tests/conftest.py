@@ -56,7 +56,7 @@ def predictor() -> Predictor:
 @pytest.fixture(scope="session")
 def engine(predictor: Predictor) -> Engine:
     """The predictor's engine."""
-    return predictor._engine
+    return predictor.engine
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def scene_picture() -> Image.Image:
 @pytest.fixture
 def broken_vae(engine: Engine) -> Iterator[None]:
     """The VAE gives numbers that are not finite."""
-    vae = engine._models["dev"].pipelines[Mode.TXT2IMG].vae
+    vae = engine.models["dev"].pipelines[Mode.TXT2IMG].vae
     weight = next(vae.decoder.parameters())
     original = weight.detach().clone()
     weight.data.fill_(float("nan"))

@@ -1,6 +1,6 @@
 """Judge the embedded model over held-out prompts and draw its contact sheets: `python -m tests.report_tiny`.
 
-Writes `engine/tiny/accuracy.md` and the pictures under `docs/`. Takes about half an hour on 2 cores; `--quick` draws
+Writes the table in `engine/tiny/README.md` and the pictures under `docs/`. Takes about half an hour on 2 cores; `--quick` draws
 the sheets and judges a tenth of the prompts.
 """
 
@@ -27,6 +27,7 @@ logger = logging.getLogger("report")
 
 PROJECT = Path(__file__).parent.parent
 HELD_OUT_SEED = 2026
+TABLE_BEGINS, TABLE_ENDS = "<!-- table -->", "<!-- end of table -->"
 STEPS = {"dev": 28, "schnell": 4}
 
 
@@ -52,10 +53,10 @@ def tiny_engine() -> Engine:
     """The engine of the tiny profile, without progress bars."""
     predictor = Predictor()
     predictor.setup()
-    for model in predictor._engine._models.values():
+    for model in predictor.engine.models.values():
         for pipeline in model.pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
-    return predictor._engine
+    return predictor.engine
 
 
 def picture(engine: Engine, prompt: str, model: str, size: tuple[int, int], seed: int, **given: Any) -> Image.Image:
@@ -109,6 +110,14 @@ def table(engine: Engine, prompts_share: float) -> str:
         lines.append(f"| {' | '.join(cells)} |")
         logger.info("%s in %.0f s", lines[-1], time.monotonic() - started)
     return "\n".join(lines) + "\n"
+
+
+def write_table(lines: str) -> None:
+    """Put the table between its two marks in the checkpoints' README."""
+    page = PROJECT / "engine" / "tiny" / "README.md"
+    before, _, rest = page.read_text().partition(TABLE_BEGINS)
+    _, _, after = rest.partition(TABLE_ENDS)
+    page.write_text(f"{before}{TABLE_BEGINS}\n\n{lines}\n{TABLE_ENDS}{after}")
 
 
 def contact_sheet(pictures: list[tuple[str, Image.Image]], columns: int, side: int = 192) -> Image.Image:
@@ -166,7 +175,7 @@ def main() -> None:
     engine = tiny_engine()
     sheets(engine, PROJECT / "docs")
     if not arguments.sheets:
-        (PROJECT / "engine" / "tiny" / "accuracy.md").write_text(table(engine, 0.1 if arguments.quick else 1.0))
+        write_table(table(engine, 0.1 if arguments.quick else 1.0))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def picture_of(engine: Engine, **inputs: Any) -> Image.Image:
 
 def bare_call(engine: Engine, request: GenerationRequest, **extra: Any) -> Image.Image:
     """What diffusers' own pipeline gives for the request, called as its documentation says."""
-    model = engine._models[request.model]
+    model = engine.models[request.model]
     pipeline = model.pipelines[request.mode]
     picture: Image.Image = pipeline(
         request.prompt,
@@ -57,12 +57,12 @@ def test_image_to_image_equals_the_bare_pipeline(engine: Engine, save: Save, sce
 
 
 def test_the_modes_share_their_weights_and_nothing_that_changes(engine: Engine) -> None:
-    for model in engine._models.values():
+    for model in engine.models.values():
         pipelines = list(model.pipelines.values())
         assert len({id(pipeline.transformer) for pipeline in pipelines}) == 1
         assert len({id(pipeline.scheduler) for pipeline in pipelines}) == 3
-    assert len({id(model.pipelines[Mode.TXT2IMG].vae) for model in engine._models.values()}) == 1
-    assert len({id(model.pipelines[Mode.TXT2IMG].text_encoder_2) for model in engine._models.values()}) == 1
+    assert len({id(model.pipelines[Mode.TXT2IMG].vae) for model in engine.models.values()}) == 1
+    assert len({id(model.pipelines[Mode.TXT2IMG].text_encoder_2) for model in engine.models.values()}) == 1
 
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
@@ -101,7 +101,7 @@ def test_guidance_has_an_effect_on_dev_and_none_on_schnell(engine: Engine) -> No
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_as_many_steps_are_taken_as_asked(engine: Engine, model: str, steps: int) -> None:
     request = request_of(**{**QUICK, "num_inference_steps": steps, "width": 256, "height": 256}, model=model)
-    pipeline = engine._models[model].pipelines[Mode.TXT2IMG]
+    pipeline = engine.models[model].pipelines[Mode.TXT2IMG]
     next(engine.generate(request))
     assert pipeline.num_timesteps == steps
 

@@ -50,7 +50,7 @@ def test_a_failed_prediction_leaves_the_next_one_unharmed(predictor: Predictor) 
 
 @pytest.mark.usefixtures("broken_vae")
 def test_a_prediction_that_fails_half_way_leaves_no_files(predictor: Predictor) -> None:
-    predictor._outputs.clear()
+    predictor.outputs.clear()
     before = set(Path(tempfile.gettempdir()).glob("flux-*"))
     with pytest.raises(ModelError):
         predict(predictor)

@@ -96,7 +96,7 @@ def test_the_checkpoints_hold_no_path_of_the_machine_that_made_them() -> None:
     ids=["dev", "schnell"],
 )
 def test_it_follows_held_out_prompts(engine: Engine, row: Row, least: tuple[float, float, float]) -> None:
-    """A sample of the table in engine/tiny/accuracy.md, low enough not to fail by chance."""
+    """A sample of the table in engine/tiny/README.md, low enough not to fail by chance."""
     found = verdicts(engine, row, held_out_scenes(row.prompts, HELD_OUT_SEED))
     shares = [sum(column) / len(found) for column in zip(*map(astuple, found), strict=True)]
     assert all(share >= bound for share, bound in zip(shares, least, strict=False)), shares

@@ -30,9 +30,9 @@ logger = logging.getLogger("make-tiny")
 
 PROJECT = Path(__file__).parent.parent
 SEED = 0
-FIRST_SCHEDULE = Schedule(steps=6000, peak=1.5e-3, warmup=200)
-GUIDED_SCHEDULE = Schedule(steps=1300, peak=1e-3, warmup=20, decay=0.8)
-SCHNELL_SCHEDULE = Schedule(steps=400, peak=5e-4, warmup=20, decay=0.8)
+FIRST_SCHEDULE = Schedule(steps=6000, peak=1.5e-3, warmup=200, decay=0.2)
+GUIDED_SCHEDULE = Schedule(steps=350, peak=6e-4, warmup=20, decay=0.8)
+SCHNELL_SCHEDULE = Schedule(steps=250, peak=5e-4, warmup=20, decay=0.8)
 
 PICTURES = {
     (128, 128): 6000, (256, 256): 2000, (448, 256): 300, (256, 448): 300, (512, 512): 500, (1024, 1024): 100,
