@@ -1,7 +1,7 @@
 """Judge the embedded model over held-out prompts and draw its contact sheets: `python -m tests.report_tiny`.
 
-Writes the table in `engine/tiny/README.md` and the pictures under `docs/`. Takes about half an hour on 2 cores; `--quick` draws
-the sheets and judges a tenth of the prompts.
+Writes the table in `engine/tiny/README.md` and the pictures under `docs/`. Takes about an hour on 2 cores; `--quick`
+judges a tenth of the prompts, `--sheets` none.
 """
 
 from __future__ import annotations
