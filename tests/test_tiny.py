@@ -7,10 +7,15 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from engine.engine import Engine
-from engine.profiles import TINY
+from engine.loading import load_models
+from engine.profiles import TINY, model_profiles
+from request import Mode
+from settings import Settings
+from tests.conftest import QUICK, request_of
 from tests.judge import judge
 from tests.report_tiny import HELD_OUT_SEED, ROWS, Row, verdicts
 from training.world import (
@@ -88,6 +93,19 @@ def test_the_checkpoints_are_small() -> None:
 def test_the_checkpoints_hold_no_path_of_the_machine_that_made_them() -> None:
     for path in TINY.rglob("*.json"):
         assert "_name_or_path" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["tok-style", "tok-object"])
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_a_lora_of_tiny_dev_changes_both_models(name: str, model: str) -> None:
+    path = LORAS / f"{name}.safetensors"
+    assert path.stat().st_size < 300 * 1024
+    models = load_models(model_profiles("tiny", Settings()), torch.device("cpu"))
+    engine = Engine(models, torch.device("cpu"))
+    request = request_of(**QUICK, prompt="TOK style, a red TOK on a white background", model=model)
+    plain = next(engine.generate(request)).tobytes()
+    models[model].pipelines[Mode.TXT2IMG].load_lora_weights(path)
+    assert next(engine.generate(request)).tobytes() != plain
 
 
 @pytest.mark.parametrize(

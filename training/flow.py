@@ -210,16 +210,19 @@ class Schedule:
 
 
 class Ema:
-    """A moving average of a model's weights; its `model` is the one to keep."""
+    """A moving average of a model's weights, shorter at the beginning; its `model` is the one to keep."""
 
     def __init__(self, model: torch.nn.Module, decay: float = 0.998) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self.updates = 0
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:
         """Move the average a little towards `model`."""
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay)
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 10))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
 def batches(

@@ -29,10 +29,12 @@ from training.vae import train_vae
 logger = logging.getLogger("make-tiny")
 
 PROJECT = Path(__file__).parent.parent
+TINY = PROJECT / "engine" / "tiny"
+BEGINNING = "beginning"
 SEED = 0
 FIRST_SCHEDULE = Schedule(steps=6000, peak=1.5e-3, warmup=200, decay=0.2)
-GUIDED_SCHEDULE = Schedule(steps=350, peak=6e-4, warmup=20, decay=0.8)
-SCHNELL_SCHEDULE = Schedule(steps=250, peak=5e-4, warmup=20, decay=0.8)
+GUIDED_SCHEDULE = Schedule(steps=300, peak=6e-4, warmup=20, decay=0.8)
+SCHNELL_SCHEDULE = Schedule(steps=220, peak=5e-4, warmup=20, decay=0.8)
 
 PICTURES = {
     (128, 128): 6000, (256, 256): 2000, (448, 256): 300, (256, 448): 300, (512, 512): 500, (1024, 1024): 100,
@@ -72,7 +74,7 @@ def load_vae(work: Path) -> AutoencoderTiny:
     """The trained VAE, training it first where there is none."""
     if not (work / "vae").exists():
         train_vae(work / "vae", seed=SEED)
-    return AutoencoderTiny.from_pretrained(work / "vae").requires_grad_(False)
+    return AutoencoderTiny.from_pretrained(work / "vae", torch_dtype=torch.float32).requires_grad_(False)
 
 
 def load_text(work: Path) -> TextEncoders:
@@ -82,9 +84,9 @@ def load_text(work: Path) -> TextEncoders:
         train_text_encoders(folder, seed=SEED)
     return TextEncoders(
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        CLIPTextModel.from_pretrained(folder / "text_encoder").requires_grad_(False),
+        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).requires_grad_(False),
         T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
-        T5EncoderModel.from_pretrained(folder / "text_encoder_2").requires_grad_(False),
+        T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).requires_grad_(False),
     )
 
 
@@ -125,11 +127,27 @@ def _stage(
     return FluxTransformer2DModel.from_pretrained(folder)
 
 
+def go_on(work: Path) -> None:
+    """Put the parts of `engine/tiny/` into an empty work folder, so that the training begins with them."""
+    shared = TINY / "tiny-dev"
+    shutil.copytree(shared / "vae", work / "vae")
+    shutil.copytree(shared / "transformer", work / BEGINNING)
+    for name in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"):
+        shutil.copytree(shared / name, work / "text" / name)
+
+
+def beginning(work: Path) -> FluxTransformer2DModel:
+    """The transformer that the first stage begins with: an untrained one, or what `go_on` put there."""
+    if (work / BEGINNING).exists():
+        return FluxTransformer2DModel.from_pretrained(work / BEGINNING, torch_dtype=torch.float32)
+    torch.manual_seed(SEED)
+    return new_transformer(guidance_embeds=True)
+
+
 def make(work: Path) -> None:
     """Run every stage that has no result in `work` yet, then write the checkpoints and the LoRAs into the project."""
     vae, text = load_vae(work), load_text(work)
     pools = load_pools(work, vae, text)
-    torch.manual_seed(SEED)
     empty = text.encode([""])
 
     def guided(model: FluxTransformer2DModel) -> Loss:
@@ -138,11 +156,11 @@ def make(work: Path) -> None:
     def first_loss(model: FluxTransformer2DModel) -> Loss:
         return plain_loss(model, emphasis=2.0)
 
-    first = _stage(work, "first", new_transformer(True), first_loss, pools, FIRST_BUCKETS, FIRST_SCHEDULE, text)
+    first = _stage(work, "first", beginning(work), first_loss, pools, FIRST_BUCKETS, FIRST_SCHEDULE, text)
     dev = _stage(work, "dev", first, guided, pools, LAST_BUCKETS, GUIDED_SCHEDULE, text)
     folded = fold_guidance(dev, SCHNELL_GUIDANCE)
     schnell = _stage(work, "schnell", folded, few_step_loss, pools, LAST_BUCKETS, SCHNELL_SCHEDULE, text)
-    export(PROJECT / "engine" / "tiny", vae, text, dev, schnell)
+    export(TINY, vae, text, dev, schnell)
     loras = PROJECT / "tests" / "data" / "loras"
     train_lora(dev, vae, text, loras / "tok-style.safetensors", style=True, seed=SEED)
     train_lora(dev, vae, text, loras / "tok-object.safetensors", style=False, seed=SEED)
@@ -182,8 +200,11 @@ def main() -> None:
     """The command line of `script/make-tiny`."""
     parser = argparse.ArgumentParser(description="Train the embedded tiny FLUX from nothing.")
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "tiny", help="folder for the stages' results")
+    parser.add_argument("--go-on", action="store_true", help="begin with engine/tiny instead of with nothing")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if arguments.go_on and not arguments.work.exists():
+        go_on(arguments.work)
     make(arguments.work)
 
 
