@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import textwrap
 import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -137,8 +138,7 @@ def contact_sheet(pictures: list[tuple[str, Image.Image]], columns: int, side: i
         fitted = shown.copy()
         fitted.thumbnail((side, side), Image.Resampling.LANCZOS)
         sheet.paste(fitted, (x + (side - fitted.width) // 2, y + (side - fitted.height) // 2))
-        half = words.find(" on a") if len(words) > 34 else len(words)
-        draw.text((x, y + side + 1), f"{words[:half]}\n{words[half:].strip()}", fill=(60, 60, 60), font_size=10)
+        draw.text((x, y + side + 1), textwrap.fill(words, 36), fill=(60, 60, 60), font_size=10)
     return sheet
 
 
@@ -163,7 +163,7 @@ def modes(engine: Engine) -> list[tuple[str, Image.Image]]:
     for strength in (0.5, 0.8, 0.95):
         prompt = "a red star on a yellow background"
         made = picture(engine, prompt, "dev", size, 3, mode=Mode.IMG2IMG, image=source, strength=strength)
-        shown.append((f"{prompt}, prompt_strength {strength}", made))
+        shown.append((f"a red star on a yellow background, strength {strength}", made))
     mask = Image.new("L", size, 0)
     ImageDraw.Draw(mask).rectangle((96, 96, 416, 416), fill=255)
     prompt = "a red heart on a white background"
