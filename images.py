@@ -19,7 +19,7 @@ MAX_PIXELS = 40_000_000
 MAX_ASPECT = 8
 MAX_FILE_BYTES = 100 * 2**20
 WEBP_METHOD = 2
-"""Effort of the webp encoder, 0 to 6. See benchmarks/cpu.md for why 2."""
+"""Effort of the webp encoder, 0 to 6; `script/bench cpu` measures time and size of each."""
 CONTRAST = 8
 """A mask whose luminance spans less than this many of 255 levels has no contrast: its alpha is read instead."""
 
