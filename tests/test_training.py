@@ -7,54 +7,128 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 from training.distil import fold_guidance
-from training.flow import Batch, Pool, Schedule, draw_batch, new_transformer, noise_levels, velocity
+from training.flow import (
+    FLAT_WEIGHT,
+    Batch,
+    PartialAttention,
+    Pool,
+    Schedule,
+    draw_batch,
+    new_transformer,
+    noise_levels,
+    velocity,
+)
+from training.position import PositionTask, from_centre
 from training.world import SHAPES, held_out_scenes, prompt_of, random_scene, varied_prompt
 
 
-def batch_of(tokens: int, full_tokens: int) -> Batch:
+def batch_of(tokens: int, stands_for: float = 1.0) -> Batch:
+    """Two pictures of 256x256, of whose tokens these many are seen, each at positions of its own."""
     torch.manual_seed(0)
-    ids = torch.randint(0, 64, (tokens, 3)).float()
     return Batch(
-        torch.randn(2, tokens, 64),
-        ids,
-        torch.ones(2, tokens),
-        torch.randn(2, 128),
-        torch.randn(2, 32, 128),
-        full_tokens,
+        latents=torch.randn(2, tokens, 64),
+        positions=torch.randint(0, 64, (2, tokens, 3)).float(),
+        weights=torch.ones(2, tokens),
+        stands_for=torch.full((2, tokens), stands_for),
+        pooled=torch.randn(2, 128),
+        states=torch.randn(2, 32, 128),
+        size=(256, 256),
     )
+
+
+def model_of_parts(guidance_embeds: bool = True) -> FluxTransformer2DModel:
+    model = new_transformer(guidance_embeds)
+    model.set_attn_processor(PartialAttention())
+    return model
+
+
+@torch.no_grad()
+def test_whole_pictures_are_seen_as_diffusers_sees_them() -> None:
+    batch, levels, guidance = batch_of(48), torch.tensor([0.3, 0.9]), torch.ones(2)
+    model = new_transformer(True)
+    expected = [
+        model(
+            batch.latents[[i]], batch.states[[i]], batch.pooled[[i]], levels[[i]], batch.positions[i],
+            torch.zeros(32, 3), guidance[[i]],
+        ).sample
+        for i in range(2)
+    ]  # fmt: skip
+    model.set_attn_processor(PartialAttention())
+    assert torch.allclose(velocity(model, batch.latents, levels, batch, guidance), torch.cat(expected), atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_part_of_the_tokens_is_weighed_as_all_of_them() -> None:
     """Half of a picture whose other half is its copy must see what the whole picture sees."""
-    model, half = new_transformer(True), batch_of(48, 96)
+    model, half = model_of_parts(), batch_of(48, stands_for=2)
     noisy, levels, guidance = torch.randn(2, 48, 64), torch.full((2,), 0.6), torch.ones(2)
-    whole = replace(half, image_ids=half.image_ids.repeat(2, 1))
+    whole = replace(half, positions=half.positions.repeat(1, 2, 1), stands_for=torch.ones(2, 96))
     seen_whole = velocity(model, noisy.repeat(1, 2, 1), levels, whole, guidance)[:, :48]
     assert torch.allclose(velocity(model, noisy, levels, half, guidance), seen_whole, atol=1e-5)
-    unweighed = velocity(model, noisy, levels, replace(half, full_tokens=48), guidance)
+    unweighed = velocity(model, noisy, levels, replace(half, stands_for=torch.ones(2, 48)), guidance)
     assert not torch.allclose(unweighed, seen_whole, atol=1e-3)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_folded_guidance_equals_the_guided_model(guidance: float) -> None:
-    dev, batch = new_transformer(True), batch_of(16, 16)
+    dev, batch = model_of_parts(), batch_of(16)
     levels = torch.tensor([0.3, 0.9])
     guided = velocity(dev, batch.latents, levels, batch, torch.full((2,), guidance))
-    assert torch.allclose(velocity(fold_guidance(dev, guidance), batch.latents, levels, batch, None), guided, atol=1e-5)
+    folded = fold_guidance(dev, guidance)
+    folded.set_attn_processor(PartialAttention())
+    assert torch.allclose(velocity(folded, batch.latents, levels, batch, None), guided, atol=1e-5)
+
+
+EMPTY = torch.ones(1, 128), torch.ones(1, 32, 128)
 
 
 def test_a_batch_keeps_each_tokens_own_position() -> None:
-    """Latents that carry their token's number show that pictures and position ids stay together."""
+    """Latents that carry their token's number show that pictures and positions stay together."""
     numbers = torch.arange(16).float()[None, :, None].expand(3, 16, 64).half()
     pool = Pool((64, 64), numbers, torch.zeros(3, 128), torch.zeros(3, 32, 128))
-    batch = draw_batch(pool, 2, 5, (torch.ones(1, 128), torch.ones(1, 32, 128)), random.Random(0))
+    batch = draw_batch(pool, 2, 5, EMPTY, random.Random(0))
     assert batch.latents.shape == (2, 5, 64)
-    assert batch.full_tokens == 16
-    assert torch.equal(batch.image_ids[:, 1] * 4 + batch.image_ids[:, 2], batch.latents[0, :, 0])
+    assert torch.equal(batch.positions[..., 1] * 4 + batch.positions[..., 2], batch.latents[..., 0])
+
+
+@pytest.mark.parametrize("keep", [64, 256, None])
+def test_the_tokens_of_a_batch_stand_for_the_whole_picture(keep: int | None) -> None:
+    """A square object on a flat ground: most tokens come from around it, and together they count for all."""
+    latents = torch.zeros(1, 32, 32, 64)
+    latents[:, 8:14, 20:26] = 1.0
+    pool = Pool((512, 512), latents.flatten(1, 2).half(), torch.zeros(1, 128), torch.zeros(1, 32, 128))
+    batch = draw_batch(pool, 4, keep, EMPTY, random.Random(0))
+    kept = keep or 1024
+    assert batch.latents.shape == (4, kept, 64)
+    assert torch.allclose(batch.stands_for.sum(1), torch.full((4,), 1024.0))
+    seen = batch.latents[..., 0].mean(1)
+    assert torch.all(seen > 0.1) if keep == 64 else torch.all(seen > 36 / 1024 - 1e-6)
+    edge = (batch.latents[..., 0] == 1) & ((batch.positions[..., 1] == 8) | (batch.positions[..., 2] == 25))
+    assert torch.all(batch.weights[edge] == 1)
+    assert batch.weights[batch.latents[..., 0] == 0].min() == pytest.approx(FLAT_WEIGHT)
+
+
+def test_the_position_task_reads_positions_from_a_models_blocks() -> None:
+    """Its loss falls when only its heads are trained, and its gradient reaches the model."""
+    model, batch = model_of_parts(), batch_of(64)
+    batch = replace(batch, positions=batch.positions.clamp(max=15))
+    task = PositionTask(model)
+    assert torch.allclose(from_centre(batch)[..., :2].abs().amax(), torch.tensor(7.5 / 16))
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        velocity(model, batch.latents, torch.full((2,), 0.5), batch, torch.ones(2))
+        optimizer.zero_grad()
+        loss = task(batch)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert model.transformer_blocks[0].attn.to_q.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("emphasis", [1.0, 2.0])

@@ -15,7 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from training.flow import Batch, mix, new_transformer, noise_levels, velocity, weighted_error
+from training.flow import Batch, PartialAttention, mix, new_transformer, noise_levels, velocity, weighted_error
 
 GUIDANCE_RANGE = (1.0, 6.0)
 PLAIN_SHARE = 0.4
@@ -29,6 +29,7 @@ Loss = Callable[[Batch], Tensor]
 
 def plain_loss(model: FluxTransformer2DModel, emphasis: float = 1.0) -> Loss:
     """Flow matching on the data at guidance 1; `emphasis` as in `noise_levels`."""
+    model.set_attn_processor(PartialAttention())
 
     def loss(batch: Batch) -> Tensor:
         count = len(batch.latents)
@@ -41,6 +42,7 @@ def plain_loss(model: FluxTransformer2DModel, emphasis: float = 1.0) -> Loss:
 
 def guidance_loss(student: FluxTransformer2DModel, empty: tuple[Tensor, Tensor]) -> Loss:
     """Match the guided velocity of the student's own frozen beginnings at a random guidance."""
+    student.set_attn_processor(PartialAttention())
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
 
     def loss(batch: Batch) -> Tensor:
@@ -80,6 +82,7 @@ def fold_guidance(dev: FluxTransformer2DModel, guidance: float) -> FluxTransform
 
 def few_step_loss(student: FluxTransformer2DModel) -> Loss:
     """Match the mean velocity over the next stride of the student's own frozen beginnings."""
+    student.set_attn_processor(PartialAttention())
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
 
     def loss(batch: Batch) -> Tensor:

@@ -1,8 +1,9 @@
 """Train the tiny FLUX transformer by flow matching on the world's latents.
 
 Knows latents, prompts' embeddings and diffusers' FluxTransformer2DModel. The picture sizes are mixed from the start,
-since a model trained at one size draws broken objects at the others; large pictures are mostly trained on a random
-part of their tokens, which keeps a step cheap while the position ids stay those of the large picture.
+since a model trained at one size draws broken objects at the others; large pictures are mostly trained on a
+part of their tokens, most of them from around the objects, which keeps a step cheap while the position ids stay those
+of the large picture and the attention counts every token kept for those that it stands for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
 
 from training.text import WIDTH, TextEncoders
@@ -29,8 +31,12 @@ Size = tuple[int, int]
 """(width, height) in pixels, multiples of 16."""
 TOKENS_A_STEP = 4096
 EMPTY_SHARE = 0.1
-FLAT_WEIGHT = 0.25
-"""Loss weight of a token that is all background, beside 1 for those of the objects."""
+NEAR_SHARE = 0.7
+"""Share of the kept tokens that come from around the objects."""
+FLAT_WEIGHT, INNER_WEIGHT = 0.2, 0.4
+"""Loss weights of a token that is all background or all object, beside 1 for one with an edge in it or beside it."""
+UNLIKE = 0.15
+"""Mean distance over the channels from which on two tokens' latents are held to show different things."""
 
 
 def new_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
@@ -63,14 +69,21 @@ class Pool:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees: clean latents (B, T, 64), position ids (T, 3), weights (B, T), prompts' embeddings."""
+    """What one step sees: clean latents (B, T, 64), positions (B, T, 3), weights in the loss (B, T), how many tokens
+    of the picture each stands for (B, T), and the prompts' embeddings (B, 128) and (B, 32, 128)."""
 
     latents: Tensor
-    image_ids: Tensor
+    positions: Tensor
     weights: Tensor
+    stands_for: Tensor
     pooled: Tensor
     states: Tensor
-    full_tokens: int
+    size: Size
+
+    @property
+    def full_tokens(self) -> int:
+        """How many tokens the whole picture has."""
+        return self.size[0] // 16 * (self.size[1] // 16)
 
 
 @torch.no_grad()
@@ -109,20 +122,63 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def draw_batch(pool: Pool, batch: int, keep: int | None, empty: tuple[Tensor, Tensor], rng: random.Random) -> Batch:
-    """A batch of one pool; with `keep`, only that many of its tokens, at random; one prompt in ten is empty."""
+    """A batch of one pool; with `keep`, only that many tokens of each picture; one prompt in ten is empty."""
     chosen = torch.tensor(rng.choices(range(len(pool.latents)), k=batch))
     width, height = pool.size
+    latents = pool.latents[chosen].float()
+    weights, near = _attention_to_detail(latents, height // 16, width // 16, rng)
+    full_tokens = latents.shape[1]
+    kept, stands_for = _choose(near, min(keep or full_tokens, full_tokens))
     ids = FluxPipeline._prepare_latent_image_ids(batch, height // 16, width // 16, "cpu", torch.float32)
-    full_tokens = pool.latents.shape[1]
-    kept = torch.tensor(sorted(rng.sample(range(full_tokens), min(keep or full_tokens, full_tokens))))
-    latents = pool.latents[chosen[:, None], kept].float()
-    corner = pool.latents[chosen, 0].float()
-    weights = 1 - (1 - FLAT_WEIGHT) * ((latents - corner[:, None]).abs().mean(-1) < 0.15).float()
     pooled, states = pool.pooled[chosen].float(), pool.states[chosen].float()
     dropped = torch.tensor([rng.random() < EMPTY_SHARE for _ in range(batch)])
     pooled = torch.where(dropped[:, None], empty[0], pooled)
     states = torch.where(dropped[:, None, None], empty[1], states)
-    return Batch(latents, ids[kept], weights, pooled, states, full_tokens)
+    rows = torch.arange(batch)[:, None]
+    return Batch(latents[rows, kept], ids[kept], weights[rows, kept], stands_for, pooled, states, pool.size)
+
+
+def _attention_to_detail(latents: Tensor, rows: int, columns: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """Loss weights (B, T), and which tokens lie in a box around the objects, a random bit larger than they are."""
+    grid = latents.view(len(latents), rows, columns, -1)
+    edges = torch.zeros(grid.shape[:3], dtype=torch.bool)
+    down = (grid[:, 1:] - grid[:, :-1]).abs().mean(-1) > UNLIKE
+    across = (grid[:, :, 1:] - grid[:, :, :-1]).abs().mean(-1) > UNLIKE
+    edges[:, 1:] |= down
+    edges[:, :-1] |= down
+    edges[:, :, 1:] |= across
+    edges[:, :, :-1] |= across
+    thing = (grid - grid[:, :1, :1]).abs().mean(-1) > UNLIKE
+    weights = torch.where(edges, 1.0, torch.where(thing, INNER_WEIGHT, FLAT_WEIGHT))
+    margins = [rng.uniform(0.02, 0.15) * min(rows, columns) for _ in range(2)]
+    tall = _widened(thing.any(2), margins[0])
+    wide = _widened(thing.any(1), margins[1])
+    return weights.flatten(1), (tall[:, :, None] & wide[:, None, :]).flatten(1)
+
+
+def _widened(flags: Tensor, margin: float) -> Tensor:
+    """(B, N) flags, with all those within `margin` of a set one set too."""
+    reach = max(1, round(margin))
+    pooled = torch.nn.functional.max_pool1d(flags[:, None].float(), 2 * reach + 1, 1, reach)
+    return pooled[:, 0] > 0
+
+
+def _choose(near: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Which `keep` of the tokens (B, T) to see and for how many each stands: (B, keep) both."""
+    total = near.shape[1]
+    if keep == total:
+        return torch.arange(total).expand(len(near), -1), torch.ones(len(near), total)
+    order = torch.rand(near.shape)
+    around = near.sum(1)
+    from_near = around.clamp(max=int(NEAR_SHARE * keep)).maximum(keep - (total - around))
+    rank_near = torch.where(near, order, 2.0).argsort(1).argsort(1)
+    rank_far = torch.where(near, 2.0, order).argsort(1).argsort(1)
+    seen = torch.where(near, rank_near < from_near[:, None], rank_far < keep - from_near[:, None])
+    kept = seen.nonzero()[:, 1].view(len(near), keep)
+    near_share = (around / from_near.clamp(min=1))[:, None]
+    far_share = ((total - around) / (keep - from_near).clamp(min=1))[:, None]
+    share = torch.where(near, near_share, far_share)
+    return kept, share.gather(1, kept)
 
 
 # The loss
@@ -143,16 +199,64 @@ def noise_levels(batch: int, tokens: int, emphasis: float) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
+class PartialAttention(FluxAttnProcessor):
+    """FLUX's attention where every picture of a batch has positions of its own, which diffusers' does not know.
+
+    `rotation` is (cos, sin) of (B, S, 1, head width); `attention_mask` (B, 1, 1, S) is added to the scores of the keys.
+    """
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: object = None,
+        *,
+        rotation: tuple[Tensor, Tensor],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend; `image_rotary_emb` is diffusers' own, which `rotation` takes the place of."""
+        parts = [_heads(attn, hidden_states, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k))]
+        prompt_tokens = 0
+        if encoder_hidden_states is not None:
+            prompt_tokens = encoder_hidden_states.shape[1]
+            names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), (attn.norm_added_q, attn.norm_added_k)
+            parts.insert(0, _heads(attn, encoder_hidden_states, names, norms))
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
+        query, key = _rotated(query, rotation), _rotated(key, rotation)
+        seen = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask
+        )
+        seen = seen.transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return seen
+        image = attn.to_out[1](attn.to_out[0](seen[:, prompt_tokens:]))
+        return image, attn.to_add_out(seen[:, :prompt_tokens])
+
+
+def _heads(
+    attn: FluxAttention, states: Tensor, names: tuple[str, ...], norms: tuple[torch.nn.Module, torch.nn.Module]
+) -> list[Tensor]:
+    query, key, value = (getattr(attn, name)(states).reshape(*states.shape[:2], -1, attn.head_dim) for name in names)
+    return [norms[0](query), norms[1](key), value]
+
+
+def _rotated(states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    turned = torch.stack([-states[..., 1::2], states[..., 0::2]], dim=-1).flatten(-2)
+    return states * rotation[0] + turned * rotation[1]
+
+
 def velocity(
     model: FluxTransformer2DModel, noisy: Tensor, levels: Tensor, batch: Batch, guidance: Tensor | None
 ) -> Tensor:
     """The model's velocity (B, T, 64) at noise levels (B,) and, for dev, guidance (B,).
 
-    Where a batch holds a part of a picture's tokens, each stands for several: the attention weighs it so.
+    The model's attention must be `PartialAttention`.
     """
-    prompt_tokens, image_tokens = batch.states.shape[1], noisy.shape[1]
-    weighing = torch.zeros(1, 1, 1, prompt_tokens + image_tokens)
-    weighing[..., prompt_tokens:] = math.log(batch.full_tokens / image_tokens)
+    count, prompt_tokens = batch.states.shape[:2]
+    positions = torch.cat([torch.zeros(count, prompt_tokens, 3), batch.positions], dim=1)
+    rotation = [part.view(count, -1, 1, part.shape[-1]) for part in model.pos_embed(positions.flatten(0, 1))]
+    weighing = torch.nn.functional.pad(batch.stands_for.log(), (prompt_tokens, 0))[:, None, None]
     (predicted,) = model(
         hidden_states=noisy,
         timestep=levels,
@@ -160,8 +264,8 @@ def velocity(
         pooled_projections=batch.pooled,
         encoder_hidden_states=batch.states,
         txt_ids=torch.zeros(prompt_tokens, 3),
-        img_ids=batch.image_ids,
-        joint_attention_kwargs=None if image_tokens == batch.full_tokens else {"attention_mask": weighing},
+        img_ids=batch.positions[0],
+        joint_attention_kwargs={"rotation": tuple(rotation), "attention_mask": weighing},
         return_dict=False,
     )
     return torch.as_tensor(predicted)
@@ -244,9 +348,20 @@ def train(
     stream: Iterator[Batch],
     schedule: Schedule,
     after: Callable[[int, FluxTransformer2DModel], None] | None = None,
+    helper: torch.nn.Module | None = None,
 ) -> FluxTransformer2DModel:
-    """Run the schedule on `model` and return its moving average; `after(step, average)` is called now and then."""
+    """Run the schedule on `model` and return its moving average.
+
+    Args:
+        model: trained where its parameters require a gradient.
+        loss_of: the loss of a batch.
+        stream: batches without end.
+        schedule: steps and learning rates.
+        after: called now and then with the step and the average.
+        helper: a part of the loss with parameters of its own, trained beside the model.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters += [] if helper is None else list(helper.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=schedule.peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     ema, seen, started = Ema(model), 0.0, time.monotonic()
     for step in range(schedule.steps):

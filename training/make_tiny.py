@@ -23,6 +23,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from training.distil import SCHNELL_GUIDANCE, Loss, few_step_loss, fold_guidance, guidance_loss, plain_loss
 from training.flow import Bucket, Pool, Schedule, batches, make_pool, new_transformer, train
 from training.loras import train_lora
+from training.position import WEIGHT as POSITION_WEIGHT
+from training.position import PositionTask
 from training.text import TextEncoders, train_text_encoders
 from training.vae import train_vae
 
@@ -113,6 +115,7 @@ def _stage(
     buckets: list[Bucket],
     schedule: Schedule,
     text: TextEncoders,
+    helper: torch.nn.Module | None = None,
 ) -> FluxTransformer2DModel:
     folder = work / name
     if (folder / "config.json").exists():
@@ -123,7 +126,7 @@ def _stage(
     def keep(step: int, average: FluxTransformer2DModel) -> None:
         average.save_pretrained(work / f"{name}-partial")
 
-    train(model, loss_of(model), stream, schedule, after=keep).save_pretrained(folder)
+    train(model, loss_of(model), stream, schedule, keep, helper).save_pretrained(folder)
     return FluxTransformer2DModel.from_pretrained(folder)
 
 
@@ -153,10 +156,14 @@ def make(work: Path) -> None:
     def guided(model: FluxTransformer2DModel) -> Loss:
         return guidance_loss(model, empty)
 
-    def first_loss(model: FluxTransformer2DModel) -> Loss:
-        return plain_loss(model, emphasis=2.0)
+    begun = beginning(work)
+    position = PositionTask(begun)
 
-    first = _stage(work, "first", beginning(work), first_loss, pools, FIRST_BUCKETS, FIRST_SCHEDULE, text)
+    def first_loss(model: FluxTransformer2DModel) -> Loss:
+        plain = plain_loss(model, emphasis=2.0)
+        return lambda batch: plain(batch) + POSITION_WEIGHT * position(batch)
+
+    first = _stage(work, "first", begun, first_loss, pools, FIRST_BUCKETS, FIRST_SCHEDULE, text, position)
     dev = _stage(work, "dev", first, guided, pools, LAST_BUCKETS, GUIDED_SCHEDULE, text)
     folded = fold_guidance(dev, SCHNELL_GUIDANCE)
     schnell = _stage(work, "schnell", folded, few_step_loss, pools, LAST_BUCKETS, SCHNELL_SCHEDULE, text)
