@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from errors import SettingsError
 
 PROFILES = ("auto", "full", "tiny")
+SAFETY = ("auto", "reference", "embedded", "strict")
+YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+GIGABYTE = 10**9
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the operator decided; fixed after setup."""
+    """What the operator decided; fixed after setup. Tokens are never shown."""
 
     profile: str = "auto"
     """`full`, `tiny`, or `auto`: full with a CUDA device, else tiny."""
@@ -20,6 +24,30 @@ class Settings:
     """FLUX.1 [dev]: a Hub repository or a local folder in diffusers layout."""
     schnell: str = "black-forest-labs/FLUX.1-schnell"
     """FLUX.1 [schnell], likewise; only its transformer and scheduler are read, the rest is dev's."""
+    cache_dir: Path = Path("~/.cache/flux-predictor")
+    """Where LoRA files are kept; may begin with `~`."""
+    cache_min_free_bytes: int = 10 * GIGABYTE
+    cache_max_bytes: int | None = None
+    max_download_bytes: int = 2 * GIGABYTE
+    """The largest LoRA."""
+    default_lora: str | None = None
+    """Used where a request names no `replicate_weights`."""
+    safety: str = "auto"
+    """`reference`, `embedded`, `strict`, or `auto`: reference with the full profile, else embedded."""
+    safety_required: bool = False
+    """Whether requests that disable the safety checker are refused."""
+    safety_folder: str | None = None
+    """Holds the weights of reference and strict, as `<owner>/<name>/model.safetensors`; without it, the Hub does."""
+    trusted_hosts: frozenset[str] = frozenset()
+    """"host" or "host:port" that may be plain http and private."""
+    share_operator_tokens: bool = False
+    """Whether callers' LoRAs are fetched with the operator's tokens, where they give none."""
+    hugging_face_endpoint: str | None = None
+    civitai_endpoint: str | None = None
+    replicate_endpoint: str | None = None
+    hugging_face_token: str | None = field(default=None, repr=False)
+    civitai_token: str | None = field(default=None, repr=False)
+    replicate_token: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -28,14 +56,38 @@ class Settings:
         Raises:
             SettingsError: a variable holds a value that cannot be.
         """
-        profile = environ.get("FLUX_PROFILE", cls.profile)
-        if profile not in PROFILES:
-            raise SettingsError(f'FLUX_PROFILE is "{profile}". Set it to one of {", ".join(PROFILES)}.')
         return cls(
-            profile=profile,
+            profile=_choice(environ, "FLUX_PROFILE", PROFILES, cls.profile),
             dev=_filled(environ, "FLUX_DEV", cls.dev),
             schnell=_filled(environ, "FLUX_SCHNELL", cls.schnell),
+            cache_dir=_cache_dir(environ),
+            cache_min_free_bytes=_gigabytes(environ, "FLUX_CACHE_MIN_FREE_GB", cls.cache_min_free_bytes),
+            cache_max_bytes=_gigabytes(environ, "FLUX_CACHE_MAX_GB", 0) or None,
+            max_download_bytes=_gigabytes(environ, "FLUX_MAX_DOWNLOAD_GB", cls.max_download_bytes),
+            default_lora=_optional(environ, "FLUX_DEFAULT_LORA"),
+            safety=_choice(environ, "FLUX_SAFETY", SAFETY, cls.safety),
+            safety_required=_switch(environ, "FLUX_SAFETY_REQUIRED", cls.safety_required),
+            safety_folder=_optional(environ, "FLUX_SAFETY_FOLDER"),
+            trusted_hosts=frozenset(_listed(environ, "FLUX_TRUSTED_HOSTS")),
+            share_operator_tokens=_switch(environ, "FLUX_SHARE_OPERATOR_TOKENS", cls.share_operator_tokens),
+            hugging_face_endpoint=_endpoint(environ, "HF_ENDPOINT"),
+            civitai_endpoint=_endpoint(environ, "CIVITAI_ENDPOINT"),
+            replicate_endpoint=_endpoint(environ, "REPLICATE_ENDPOINT"),
+            hugging_face_token=_optional(environ, "HF_TOKEN"),
+            civitai_token=_optional(environ, "CIVITAI_API_TOKEN"),
+            replicate_token=_optional(environ, "REPLICATE_API_TOKEN"),
         )
+
+
+def _optional(environ: Mapping[str, str], name: str) -> str | None:
+    return environ.get(name, "").strip() or None
+
+
+def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
+    value = environ.get(name, default)
+    if value not in choices:
+        raise SettingsError(f'{name} is "{value}". Set it to one of {", ".join(choices)}.')
+    return value
 
 
 def _filled(environ: Mapping[str, str], name: str, default: str) -> str:
@@ -43,3 +95,46 @@ def _filled(environ: Mapping[str, str], name: str, default: str) -> str:
     if not value:
         raise SettingsError(f"{name} is empty. Set it to a Hub repository or a local folder, or unset it.")
     return value
+
+
+def _cache_dir(environ: Mapping[str, str]) -> Path:
+    named = _optional(environ, "FLUX_CACHE_DIR")
+    if named is not None:
+        return Path(named)
+    caches = _optional(environ, "XDG_CACHE_HOME")
+    return Path(caches) / "flux-predictor" if caches else Settings.cache_dir
+
+
+def _gigabytes(environ: Mapping[str, str], name: str, default_bytes: int) -> int:
+    text = _optional(environ, name)
+    if text is None:
+        return default_bytes
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise SettingsError(f'{name} is "{text}". Set it to a number of gigabytes, such as 10 or 0.5.')
+    return int(value * GIGABYTE)
+
+
+def _switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
+    text = environ.get(name, "").strip().lower()
+    if text and text not in (*YES, *NO):
+        raise SettingsError(f'{name} is "{text}". Set it to 1 or 0.')
+    return text in YES if text else default
+
+
+def _listed(environ: Mapping[str, str], name: str) -> list[str]:
+    hosts = [host.strip().lower() for host in environ.get(name, "").split(",") if host.strip()]
+    for host in hosts:
+        if "/" in host or "@" in host:
+            raise SettingsError(f'{name} holds "{host}". Set it to host or host:port, separated by commas.')
+    return hosts
+
+
+def _endpoint(environ: Mapping[str, str], name: str) -> str | None:
+    value = _optional(environ, name)
+    if value is not None and not value.startswith(("https://", "http://")):
+        raise SettingsError(f'{name} is "{value}". Set it to an address that begins with https://.')
+    return None if value is None else value.rstrip("/")
