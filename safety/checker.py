@@ -1,0 +1,146 @@
+"""What a verdict is, and the guard under which no picture passes without a sound one.
+
+Knows no detector, model or file. A detector may be simple and may raise, hang or return nonsense: `FailClosed` turns
+whatever is not a sound verdict into a withheld picture. It is the only place where a failing check is handled.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS = 60.0
+"""Twenty times what the slowest detector, strict, takes for a picture on one busy CPU core (3 s)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check of one picture found."""
+
+    flagged: bool
+    """Whether the picture is withheld."""
+    scores: tuple[tuple[str, float], ...]
+    """The numbers that decided, by name, for the log."""
+    reason: str = ""
+    """Why it is withheld, in words; empty for a picture that passes."""
+    failed: bool = False
+    """Whether it is withheld because the check itself failed, which says nothing about the picture."""
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in self.scores)
+        return f"{self.reason} ({scores})" if self.reason and scores else self.reason or scores
+
+
+class SafetyChecker(Protocol):
+    """Judges pictures and never alters them."""
+
+    name: str
+
+    def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        """Return one verdict a picture, in order; every verdict names the scores that it rests on. May raise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The verdicts of one check, and the seconds that its detector took."""
+
+    verdicts: list[Verdict]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A check under way."""
+
+    images: tuple[Image.Image, ...]
+    answer: Future[Answer] = field(default_factory=Future)
+
+
+class FailClosed:
+    """A checker that always answers: one sound verdict a picture, withheld wherever the detector gave none."""
+
+    def __init__(self, detector: SafetyChecker, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self.name = detector.name
+        self._detector = detector
+        self._timeout_seconds = timeout_seconds
+        self._turn = threading.Lock()
+        self._hanging: Pending | None = None
+
+    def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        """Return one verdict a picture, in order. Raises nothing but a cancellation."""
+        return self.finish(self.begin(images)).verdicts
+
+    def begin(self, images: Sequence[Image.Image]) -> Pending:
+        """Start a check beside the caller and return at once; checks run one after another."""
+        pending = Pending(tuple(images))
+        if self._hanging is not None and not self._hanging.answer.done():
+            pending.answer.set_result(_all_withheld(pending, "an earlier check still hangs"))
+            return pending
+        self._hanging = None
+        try:
+            threading.Thread(target=self._run, args=(pending,), name="safety-check", daemon=True).start()
+        except RuntimeError as error:  # the system gives no further thread
+            pending.answer.set_exception(error)
+        return pending
+
+    def finish(self, pending: Pending) -> Answer:
+        """Wait for a check's answer, no longer than the timeout. Raises nothing but a cancellation."""
+        try:
+            error = pending.answer.exception(self._timeout_seconds)
+        except TimeoutError as late:
+            self._hanging = pending
+            error = late
+        if error is None:
+            return pending.answer.result()
+        logger.error(
+            "the safety check %s failed, pictures withheld: %d", self.name, len(pending.images), exc_info=error
+        )
+        return _all_withheld(pending, f"the check failed: {type(error).__name__}")
+
+    def _run(self, pending: Pending) -> None:
+        try:
+            with self._turn:
+                started = time.monotonic()
+                verdicts = sound(self._detector.check(pending.images), len(pending.images)) if pending.images else []
+                answer = Answer(verdicts, time.monotonic() - started)
+        except BaseException as error:  # whatever ends this thread: someone waits for the answer
+            pending.answer.set_exception(error)
+        else:
+            pending.answer.set_result(answer)
+
+
+def _all_withheld(pending: Pending, reason: str) -> Answer:
+    return Answer([withheld(reason)] * len(pending.images))
+
+
+def withheld(reason: str) -> Verdict:
+    """The verdict of a check that failed."""
+    return Verdict(flagged=True, scores=(), reason=reason, failed=True)
+
+
+def sound(verdicts: object, count: int) -> list[Verdict]:
+    """Return exactly `count` verdicts: those given where each is sound, else withheld ones."""
+    if not isinstance(verdicts, list) or len(verdicts) != count:
+        found = f"{len(verdicts)} verdicts" if isinstance(verdicts, list) else type(verdicts).__name__
+        return [withheld(f"the check returned {found} for {count} pictures")] * count
+    return [_sound_one(verdict) for verdict in verdicts]
+
+
+def _sound_one(verdict: object) -> Verdict:
+    if not isinstance(verdict, Verdict) or not isinstance(verdict.flagged, bool):
+        return withheld("the check returned no verdict")
+    if not verdict.scores:
+        return verdict if verdict.flagged else withheld("the check returned no score")
+    bad = [name for name, score in verdict.scores if not math.isfinite(score)]
+    return withheld(f"the score {bad[0]} is not finite") if bad else verdict

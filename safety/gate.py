@@ -1,0 +1,73 @@
+"""The way out: pictures are checked while the next one is made, and only those that pass go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+from PIL import Image
+
+from errors import UnsafeOutputError
+from safety.checker import FailClosed, Pending, Verdict
+
+logger = logging.getLogger(__name__)
+
+
+class Gate:
+    """One prediction's pictures on their way out, counted."""
+
+    def __init__(self, checker: FailClosed) -> None:
+        self._checker = checker
+        self.checked = 0
+        self.withheld = 0
+        self.failed = 0
+        """How many of the withheld ones are so because their check failed."""
+        self.seconds = 0.0
+        """What the checks took in all; mostly beside the making of the next picture."""
+
+    def passing(self, pictures: Iterable[Image.Image]) -> Iterator[tuple[int, Image.Image]]:
+        """Yield the index and the picture of each that passes, in order; log the others and drop them.
+
+        A picture is checked while the next one is made, so each comes out one later than it went in.
+        """
+        before: tuple[int, Image.Image, Pending] | None = None
+        for index, picture in enumerate(pictures):
+            pending = self._checker.begin([picture])
+            if before is not None and self._passes(before[0], before[2]):
+                yield before[:2]
+            before = (index, picture, pending)
+        if before is not None and self._passes(before[0], before[2]):
+            yield before[:2]
+
+    def _passes(self, index: int, pending: Pending) -> bool:
+        answer = self._checker.finish(pending)
+        (verdict,) = answer.verdicts
+        self.checked += 1
+        self.seconds += answer.seconds
+        if verdict.flagged:
+            self._withhold(index, verdict)
+        return not verdict.flagged
+
+    def _withhold(self, index: int, verdict: Verdict) -> None:
+        self.withheld += 1
+        self.failed += verdict.failed
+        logger.warning("picture %d withheld by %s: %s", index, self._checker.name, verdict)
+
+    def require_one(self) -> None:
+        """Raise unless a picture passed.
+
+        Raises:
+            UnsafeOutputError: all were withheld.
+        """
+        if self.checked and self.withheld == self.checked:
+            raise UnsafeOutputError(_advice(self.withheld, self.failed))
+
+
+def _advice(withheld: int, failed: int) -> str:
+    which = "The picture was" if withheld == 1 else f"All {withheld} pictures were"
+    if failed:
+        return (
+            f"{which} withheld because the safety check could not be completed for {failed} of {withheld}. "
+            "Try again; if it happens again, whoever runs this server finds the cause in its log."
+        )
+    return f"{which} withheld by the safety checker. Change the prompt, try another seed, or use another LoRA."

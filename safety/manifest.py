@@ -1,0 +1,97 @@
+"""The detectors' weight files: which, from where, how large, with which digest. Downloads them, trusts none unchecked.
+
+Only safetensors, only these revisions. The sizes and digests are the ones that the Hub publishes for these commits
+(the LFS pointers; the concept checker's commit is the head of its repository's pull request 39, since its main branch
+holds pickles alone). Architecture and preprocessing stand in our code, so that no other file is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from errors import SettingsError
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a Hub repository at one commit."""
+
+    repository: str
+    revision: str
+    size_bytes: int
+    sha256: str
+    name: str = "model.safetensors"
+
+
+CONCEPTS = WeightFile(
+    repository="CompVis/stable-diffusion-safety-checker",
+    revision="f37dfba70d35a43a32de8e67c52e68925175eeee",
+    size_bytes=1_215_981_832,
+    sha256="11cfe53105625af8c00faac32a430626641cce686454f3c39d837f14397d858b",
+)
+OPINION = WeightFile(
+    repository="Falconsai/nsfw_image_detection",
+    revision="63e0a066bb08d2ae47324b540fba3adfd4536569",
+    size_bytes=343_223_968,
+    sha256="97b2ce64ec146884b37f98ee7944ca4891aa72f6827dc0cb10684a1cbecd5830",
+)
+MARQO = WeightFile(
+    repository="Marqo/nsfw-image-detection-384",
+    revision="0c26ec22111b83f106d72a55f611ec35962bcb65",
+    size_bytes=22_404_720,
+    sha256="6bf2e0f64a1d20169736c2836e3a787b12379fdc08ba87f7d94a7a3d58eeefce",
+)
+
+
+def obtain(file: WeightFile, folder: str | None) -> Path:
+    """Return the verified file: `<folder>/<repository>/<name>`, or from the Hub and its cache when no folder is given.
+
+    Raises:
+        SettingsError: it is not there, cannot be fetched, or is not the file of the manifest.
+    """
+    path = _fetch(file) if folder is None else Path(folder) / file.repository / file.name
+    verify(path, file)
+    return path
+
+
+def verify(path: Path, file: WeightFile) -> None:
+    """Compare a file's size and digest with the manifest.
+
+    Raises:
+        SettingsError: it is missing or differs.
+    """
+    if not path.is_file():
+        raise SettingsError(
+            f"The safety checker needs {file.repository}, but there is no {path}. Put its {file.name} of revision "
+            f"{file.revision} there, or unset FLUX_SAFETY_FOLDER to fetch it from the Hub."
+        )
+    size_bytes = path.stat().st_size
+    if size_bytes != file.size_bytes:
+        raise SettingsError(_altered(path, file, f"has {size_bytes} bytes instead of {file.size_bytes}"))
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != file.sha256:
+        raise SettingsError(_altered(path, file, f"has the digest {digest} instead of {file.sha256}"))
+
+
+def _fetch(file: WeightFile) -> Path:
+    try:
+        return Path(hf_hub_download(file.repository, file.name, revision=file.revision))
+    except Exception as error:  # the Hub's own, its transport's and its cache's, of many families
+        raise SettingsError(
+            f"The safety checker needs {file.repository}, which cannot be fetched from the Hub "
+            f"({type(error).__name__}). Give this machine access to the Hub, or fetch {file.name} of revision "
+            f"{file.revision} elsewhere and set FLUX_SAFETY_FOLDER to a folder that holds "
+            f"{file.repository}/{file.name}."
+        ) from error
+
+
+def _altered(path: Path, file: WeightFile, found: str) -> str:
+    return (
+        f"The safety checker's weights {path} {found}: it is not the {file.name} of {file.repository} at revision "
+        f"{file.revision}. Delete it and let it be fetched again."
+    )
