@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import shutil
 import sys
 import tempfile
@@ -65,6 +66,8 @@ def parse_value(name: str, text: str, schema: Mapping[str, Any], folder: Path) -
         return _file(name, text, folder)
     if schema.get("format") == "password":
         return cog.Secret(text)
+    if schema["type"] == "string" and text.startswith("@"):
+        return _data_uri(_existing(name, text))
     value = _typed(name, text, schema["type"])
     if "enum" in schema and value not in schema["enum"]:
         raise InputError(f'{name} is "{value}". Choose one of {", ".join(schema["enum"])}.')
@@ -92,12 +95,22 @@ def _file(name: str, text: str, folder: Path) -> cog.Path:
     if text.startswith(("http://", "https://", "data:")):
         url = cog.Path.validate(text)
         return url.convert() if isinstance(url, URLPath) else cog.Path(url)
-    source = Path(text.removeprefix("@"))
     if not text.startswith("@"):
         raise InputError(f'{name} is "{text}". For a file, write -i {name}=@{text}.')
+    source = _existing(name, text)
+    return cog.Path(shutil.copy(source, folder / f"{name}{source.suffix}"))
+
+
+def _existing(name: str, text: str) -> Path:
+    source = Path(text.removeprefix("@"))
     if not source.is_file():
         raise InputError(f'There is no file "{source}" for {name}.')
-    return cog.Path(shutil.copy(source, folder / f"{name}{source.suffix}"))
+    return source
+
+
+def _data_uri(source: Path) -> str:
+    """What a file becomes as a text input, such as a LoRA; `cog predict` does the same."""
+    return f"data:application/octet-stream;base64,{base64.b64encode(source.read_bytes()).decode()}"
 
 
 def run(pairs: list[tuple[str, str]], output: Path) -> list[Path]:

@@ -72,7 +72,6 @@ def openapi_document() -> dict[str, Any]:
     from predict import Predictor
 
     schemas = {**input_schemas(Predictor.predict), **_API_SCHEMAS}
-    schemas["PredictionRequest"]["properties"]["input"] = {"$ref": "#/components/schemas/Input"}
     return {
         "openapi": "3.0.2",
         "info": {"title": "Cog", "version": "0.1.0"},
@@ -97,6 +96,7 @@ _API_SCHEMAS: dict[str, Any] = {
         "type": "object",
         "properties": {
             "id": {"type": "string"},
+            "input": {"$ref": "#/components/schemas/Input"},
             "webhook": {"type": "string", "format": "uri"},
             "webhook_events_filter": {"type": "array", "items": {"type": "string"}},
         },

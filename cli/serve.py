@@ -18,13 +18,12 @@ from cli.schema import PROJECT, write_schema
 READY_SECONDS = 600.0
 
 
-def start_server(host: str, port: int, *, extra: tuple[str, ...] = (), schema: bool = True) -> subprocess.Popen[bytes]:
-    """Start the server in a process group of its own; it loads the model in the background.
+def start_server(host: str, port: int, *, extra: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    """Start the server, its schema in place; it loads the model in the background.
 
     The environment that runs this comes first on PATH, since Cog starts its worker as plain `python`.
     """
-    if schema:
-        write_schema()
+    write_schema()
     binaries = str(Path(sys.executable).parent)
     environment = {
         **os.environ,

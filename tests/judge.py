@@ -59,12 +59,17 @@ def object_mask(pixels: NDArray[np.float64], background: NDArray[np.float64]) ->
     return np.asarray(np.linalg.norm(pixels - background, axis=-1) > DIFFERENT)
 
 
-def crop(mask: Mask) -> Mask | None:
-    """The mask's bounding box in a square, scaled to 64x64; None where there is hardly anything."""
+def bounding_box(mask: Mask) -> tuple[int, int, int, int] | None:
+    """The first and the last row, the first and the last column; None where there is hardly anything."""
     rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
     if mask.sum() < 30 or len(rows) < 4 or len(columns) < 4:
         return None
-    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+
+
+def crop(mask: Mask, box: tuple[int, int, int, int]) -> Mask:
+    """A box of the mask in a square, scaled to 64x64."""
+    part = mask[box[0] : box[1] + 1, box[2] : box[3] + 1]
     side = max(part.shape)
     square = np.zeros((side, side), dtype=bool)
     top, left = (side - part.shape[0]) // 2, (side - part.shape[1]) // 2
@@ -77,10 +82,10 @@ def crop(mask: Mask) -> Mask | None:
 def template(shape: str) -> Mask:
     """A drawn shape, cropped and scaled as the seen ones are."""
     drawn = np.asarray(shape_mask(shape, Placement(0.5, 0.5, 0.4), 256, 256)) > 127
-    cropped = crop(drawn)
-    if cropped is None:
+    box = bounding_box(drawn)
+    if box is None:
         raise ValueError(f"{shape} draws nothing")
-    return cropped
+    return crop(drawn, box)
 
 
 def shape_scores(mask: Mask) -> dict[str, float]:
@@ -106,14 +111,13 @@ def look(picture: Image.Image, things: int) -> tuple[str, list[Seen | None]]:
 
 
 def _seen(pixels: NDArray[np.float64], mask: Mask) -> Seen | None:
-    cropped = crop(mask)
-    if cropped is None:
+    box = bounding_box(mask)
+    if box is None:
         return None
-    scores = shape_scores(cropped)
+    scores = shape_scores(crop(mask, box))
     colour = np.median(pixels[mask], axis=0)
-    rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
-    y, x = (rows[0] + rows[-1]) / 2 / mask.shape[0], (columns[0] + columns[-1]) / 2 / mask.shape[1]
-    return Seen(nearest_colour(colour), max(scores, key=scores.__getitem__), float(x), float(y))
+    y, x = (box[0] + box[1]) / 2 / mask.shape[0], (box[2] + box[3]) / 2 / mask.shape[1]
+    return Seen(nearest_colour(colour), max(scores, key=scores.__getitem__), x, y)
 
 
 def judge(picture: Image.Image, scene: Scene) -> Verdict:

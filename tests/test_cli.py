@@ -86,6 +86,7 @@ def test_wrong_usage_exits_2(tmp_path: Path, arguments: list[str]) -> None:
         ("model=pro", "Choose one of dev, schnell."),
         ("image=photo.png", "write -i image=@photo.png"),
         ("image=@nowhere.png", 'There is no file "nowhere.png" for image.'),
+        ("extra_lora=@nowhere.safetensors", 'There is no file "nowhere.safetensors" for extra_lora.'),
     ],
 )
 def test_each_wrong_input_has_a_message(pair: str, message: str, tmp_path: Path) -> None:
@@ -101,3 +102,10 @@ def test_inputs_are_typed_and_defaults_filled_in(tmp_path: Path) -> None:
     assert (inputs["prompt"], inputs["seed"], inputs["guidance_scale"], inputs["go_fast"]) == ("a = b", -1, 2.0, True)
     assert (inputs["model"], inputs["num_inference_steps"], inputs["image"]) == ("dev", 28, None)
     assert "hf_x" not in repr(inputs["hf_api_token"])
+
+
+def test_a_file_for_a_text_input_becomes_a_data_uri(tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    file.write_bytes(b"content")
+    inputs = parse_inputs([("prompt", "x"), ("extra_lora", f"@{file}")], SCHEMAS, tmp_path)
+    assert inputs["extra_lora"] == "data:application/octet-stream;base64,Y29udGVudA=="
