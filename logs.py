@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 
-CHATTY = ("torchao", "torch.utils._pytree", "diffusers", "transformers", "httpx", "huggingface_hub")
+CHATTY = ("torchao", "torch.utils._pytree", "diffusers", "transformers", "httpx2", "httpcore2", "huggingface_hub")
 
 
 def configure_logging() -> None:

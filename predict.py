@@ -9,17 +9,25 @@ import os
 import pathlib
 import tempfile
 import time
-from typing import List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from cog import BasePredictor, Input, Path, Secret
 
 from errors import InputError, PredictionError
 from images import encode
 from logs import configure_logging
+from lora_loading.tokens import Tokens
 from request import GenerationRequest, build_request
+from safety.gate import Gate
 from settings import Settings
 
+if TYPE_CHECKING:
+    from lora_loading.adapter import LoraAdapter
+    from weights import CachedFile
+
 logger = logging.getLogger("predict")
+ADAPTER_CACHE_BYTES = 4 * 10**9
+"""Of parsed LoRAs in host memory: some twenty of the usual size."""
 
 
 class Predictor(BasePredictor):
@@ -35,13 +43,22 @@ class Predictor(BasePredictor):
         from engine.engine import Engine
         from engine.loading import load_models
         from engine.profiles import choose_profile, model_profiles
+        from lora_loading.cache import AdapterCache
+        from lora_loading.store import open_store
+        from safety.load import choose_checker, load_checker
 
         profile, reason = choose_profile(settings, torch.cuda.is_available())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         logger.info("profile %s on %s: %s", profile, device, reason)
+        checker, reason = choose_checker(settings.safety, profile)
+        logger.info("safety checker %s: %s", checker, reason)
+        self.checker = load_checker(checker, settings.safety_folder, device)  # first: its lack is found in seconds
+        self.safety_required = settings.safety_required
+        self.loras = open_store(settings)
+        self.plain_http_hosts = settings.trusted_hosts
+        self.adapters = AdapterCache(ADAPTER_CACHE_BYTES)
         self.engine = Engine(load_models(model_profiles(profile, settings), device), device)
         self.outputs = OutputFolder()
-        logger.info("no safety checker in this version: outputs are not checked")
         logger.info("ready in %.1f s", time.monotonic() - started)
 
     def predict(
@@ -163,6 +180,7 @@ class Predictor(BasePredictor):
         """Return the pictures' files, in order; they live until the next prediction."""
         try:
             started = time.monotonic()
+            refuse_unchecked(disable_safety_checker, self.safety_required)
             request = build_request(
                 prompt=prompt,
                 image=uploaded(image, "image"),
@@ -181,15 +199,24 @@ class Predictor(BasePredictor):
                 go_fast=go_fast,
                 megapixels=megapixels,
                 replicate_weights=replicate_weights,
+                lora_scale=lora_scale,
                 extra_lora=extra_lora,
+                extra_lora_scale=extra_lora_scale,
+                default_lora=self.loras.default_lora,
+                plain_http_hosts=self.plain_http_hosts,
             )
             self._announce(request)
+            stack = self._adapters(request, hf_api_token, civitai_api_token)
             folder = self.outputs.fresh()
             files = []
-            for index, picture in enumerate(self.engine.generate(request)):
+            gate = Gate(self.checker)
+            pictures = self.engine.generate(request, stack)
+            for index, picture in enumerate(pictures) if disable_safety_checker else gate.passing(pictures):
                 file = folder / f"{folder.name}-{index}.{request.output_format}"
                 file.write_bytes(encode(picture, request.output_format, request.output_quality))
                 files.append(Path(file))
+            self._report(gate)
+            gate.require_one()
             logger.info("pictures made: %d, in %.1f s", len(files), time.monotonic() - started)
             return files
         except BaseException as error:  # a cancellation too, which is no Exception
@@ -206,6 +233,32 @@ class Predictor(BasePredictor):
             request.num_inference_steps, request.seed,
         )  # fmt: skip
         self.record_metric("seed", request.seed)
+
+    def _adapters(
+        self, request: GenerationRequest, hf_api_token: Optional[Secret], civitai_api_token: Optional[Secret]
+    ) -> "List[Tuple[LoraAdapter, float]]":
+        """Every LoRA of the request, fetched and checked against the model, with its strength."""
+        tokens = Tokens(revealed(hf_api_token), revealed(civitai_api_token))
+        shapes = self.engine.adapters[request.model].shapes
+        stack, facts = [], []
+        for reference, strength in request.loras:
+            with self.loras.open(reference, tokens) as file:
+                adapter = self.adapters.get(file.path, shapes, file.sha256, reference.label)
+            logger.info("LoRA %s: strength %g, %s", reference.label, strength, adapter.summary)
+            stack.append((adapter, strength))
+            facts.append(lora_facts(adapter, file))
+        if facts:
+            self.record_metric("loras", facts)
+        return stack
+
+    def _report(self, gate: Gate) -> None:
+        if gate.checked:
+            logger.info("safety: %d checked, %d withheld, in %.2f s", gate.checked, gate.withheld, gate.seconds)
+        else:
+            logger.info("safety: not checked, as disable_safety_checker asks")
+        self.record_metric("safety_checked", gate.checked)
+        self.record_metric("safety_withheld", gate.withheld)
+        self.record_metric("safety_seconds", round(gate.seconds, 3))
 
 
 class OutputFolder:
@@ -235,6 +288,37 @@ def log_failure(error: BaseException) -> None:
         logger.error("the prediction failed", exc_info=error)
     else:
         logger.info("the prediction was given up: %s", type(error).__name__)
+
+
+def lora_facts(adapter: "LoraAdapter", file: "CachedFile") -> Dict[str, Any]:
+    """What the metrics say of a LoRA: its format and size, where it came from and how long that took."""
+    return {
+        "format": adapter.format,
+        "rank": max(adapter.ranks),
+        "layers": len({(layer.component, layer.layer) for layer in adapter.layers}),
+        "megabytes": round(file.size_bytes / 1e6, 1),
+        "trigger_words": ", ".join([*adapter.trigger_words, *(words for _, words in file.facts)]),
+        "cache": file.outcome,
+        "seconds": round(file.seconds, 3),
+    }
+
+
+def refuse_unchecked(disabled: bool, required: bool) -> None:
+    """Raise where a request would do without the checker that the operator requires.
+
+    Raises:
+        InputError: it would.
+    """
+    if disabled and required:
+        raise InputError(
+            "disable_safety_checker is set, but this server checks every picture. Leave disable_safety_checker false."
+        )
+
+
+def revealed(secret: Optional[Secret]) -> Optional[str]:
+    """The text of a secret input; None where it is absent or blank."""
+    text = None if secret is None else secret.get_secret_value()
+    return (text or "").strip() or None
 
 
 def uploaded(file: Optional[pathlib.Path], name: str) -> Optional[pathlib.Path]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from errors import InputError, LoraError
+from errors import InputError
 from images import open_image, open_mask
+from lora_loading.reference import LoraReference, parse
 
 MAX_SIDE = 1440
 MULTIPLE = 16
@@ -95,6 +96,8 @@ class GenerationRequest:
     """RGB, at `size`; present for img2img and inpaint."""
     mask: Image.Image | None = None
     """"L", at `size`, white where the picture is repainted; present for inpaint."""
+    loras: tuple[tuple[LoraReference, float], ...] = ()
+    """The LoRAs to apply and the strength of each; a strength of 0 is no LoRA and is left out."""
     notes: tuple[str, ...] = ()
     """What the log should say about how the inputs were understood."""
 
@@ -122,18 +125,24 @@ def build_request(
     go_fast: bool,
     megapixels: str,
     replicate_weights: str | None,
+    lora_scale: float,
     extra_lora: str | None,
+    extra_lora_scale: float,
+    default_lora: LoraReference | None = None,
+    plain_http_hosts: frozenset[str] = frozenset(),
     random_seed: Callable[[], int] = lambda: secrets.randbits(32),
 ) -> GenerationRequest:
     """Decide everything about one prediction; opens the image and the mask.
 
-    Whole numbers may come as floats, as JSON has no other kind.
+    Whole numbers may come as floats, as JSON has no other kind. `default_lora` takes the place of a
+    `replicate_weights` that is not given; addresses of `plain_http_hosts` may be plain http.
 
     Raises:
         InputError: inputs contradict each other, or an image cannot be read.
-        LoraError: a LoRA is asked for, which this version cannot apply.
+        LoraReferenceError: a LoRA is named in no form that we know.
     """
-    _refuse_loras(replicate_weights, extra_lora)
+    main = _parsed(replicate_weights, plain_http_hosts) or default_lora
+    extra = _parsed(extra_lora, plain_http_hosts)
     mode = _mode(image, mask)
     notes: list[str] = []
     picture = open_image(image) if image is not None else None
@@ -158,6 +167,7 @@ def build_request(
         output_quality=int(output_quality),
         image=None if picture is None else _fitted(picture, size),
         mask=None if mask is None else _fitted(open_mask(mask), size),
+        loras=_used((main, lora_scale), (extra, extra_lora_scale)),
         notes=tuple(notes),
     )
 
@@ -184,10 +194,12 @@ def _fitted(picture: Image.Image, size: Size) -> Image.Image:
     return picture if picture.size == wanted else picture.resize(wanted, Image.Resampling.LANCZOS)
 
 
-def _refuse_loras(replicate_weights: str | None, extra_lora: str | None) -> None:
-    for name, reference in (("replicate_weights", replicate_weights), ("extra_lora", extra_lora)):
-        if reference is not None and reference.strip():
-            raise LoraError(f"{name} asks for a LoRA, and this version cannot apply LoRAs yet. Leave {name} out.")
+def _parsed(text: str | None, plain_http_hosts: frozenset[str]) -> LoraReference | None:
+    return None if text is None or not text.strip() else parse(text, plain_http_hosts)
+
+
+def _used(*asked: tuple[LoraReference | None, float]) -> tuple[tuple[LoraReference, float], ...]:
+    return tuple((reference, float(scale)) for reference, scale in asked if reference is not None and scale != 0)
 
 
 def _refuse_go_fast(custom: bool) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 from engine.loading import Model
 from errors import ModelError
 from images import composite
-from request import GenerationRequest
+from lora_loading.apply import AdapterManager, Stack, adapter_managers
+from lora_loading.shapes import CLIP, T5
+from request import GenerationRequest, Mode
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +29,16 @@ class Engine:
 
     def __init__(self, models: Mapping[str, Model], device: torch.device) -> None:
         self.models = models
+        self.adapters = adapter_managers({name: model.pipelines[Mode.TXT2IMG] for name, model in models.items()})
+        """What each model carries; a model's pipelines share its modules."""
         self._device = device
 
-    def generate(self, request: GenerationRequest) -> Iterator[Image.Image]:
+    def generate(self, request: GenerationRequest, stack: Stack = ()) -> Iterator[Image.Image]:
         """Yield `request.num_outputs` RGB pictures of `request.size`, in order.
+
+        Args:
+            request: what to make.
+            stack: the adapters to make it with, read for `adapters[request.model].shapes`, and their strengths.
 
         Raises:
             ModelError: the model's numbers are not finite.
@@ -38,9 +46,11 @@ class Engine:
         if request.image is not None and denoising_steps(request) == 0:
             yield from (request.image.copy() for _ in range(request.num_outputs))
             return
+        adapters = self.adapters[request.model]
+        adapters.apply(stack)
         model = self.models[request.model]
         pipeline = model.pipelines[request.mode]
-        prompt_embeds, pooled = self._encode_prompt(pipeline, model, request.prompt)
+        prompt_embeds, pooled = self._encode_prompt(pipeline, model, adapters, request.prompt)
         for index in range(request.num_outputs):
             picture = self._denoise(pipeline, model, request, index, prompt_embeds, pooled)
             if request.image is not None and request.mask is not None:
@@ -48,15 +58,18 @@ class Engine:
             yield picture
 
     @torch.inference_mode()
-    def _encode_prompt(self, pipeline: DiffusionPipeline, model: Model, prompt: str) -> tuple[Tensor, Tensor]:
+    def _encode_prompt(
+        self, pipeline: DiffusionPipeline, model: Model, adapters: AdapterManager, prompt: str
+    ) -> tuple[Tensor, Tensor]:
         limit = model.profile.max_prompt_tokens
-        tokens = len(pipeline.tokenizer_2(prompt, truncation=False, verbose=False).input_ids)
+        for_clip, for_t5 = adapters.prompt(CLIP, prompt), adapters.prompt(T5, prompt)
+        tokens = len(pipeline.tokenizer_2(for_t5, truncation=False, verbose=False).input_ids)
         if tokens > limit:
             logger.warning(
                 "the prompt has %d tokens, of which %s reads the first %d", tokens, model.profile.name, limit
             )
         prompt_embeds, pooled, _ = pipeline.encode_prompt(
-            prompt=prompt, prompt_2=None, device=self._device, max_sequence_length=limit
+            prompt=for_clip, prompt_2=for_t5, device=self._device, max_sequence_length=limit
         )
         return prompt_embeds, pooled
 

@@ -20,7 +20,7 @@ from errors import DiskError, DownloadError
 from fetching.network import BrokenConnectionError, Client, Response
 
 PART_BYTES = 16 * 2**20
-CONNECTIONS = 8
+CONNECTIONS = 16
 BUFFER_BYTES = 2**20
 TRIES_A_PART = 3
 JOIN_SECONDS = 2

@@ -16,6 +16,7 @@ from engine.engine import Engine
 from logs import configure_logging
 from predict import Predictor
 from request import GenerationRequest, Mode, build_request
+from tests.services import Storage
 from training.world import Scene, Thing, draw_scene, place
 
 QUICK: dict[str, Any] = {
@@ -45,11 +46,22 @@ def request_of(**given: Any) -> GenerationRequest:
 
 
 @pytest.fixture(scope="session")
-def predictor() -> Predictor:
+def lora_storage() -> Iterator[Storage]:
+    """A host that the session's predictor fetches LoRAs from."""
+    with Storage("127.0.0.1") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def predictor(lora_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
     """A predictor of the tiny profile, set up once."""
     configure_logging()
     predictor = Predictor()
-    predictor.setup()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FLUX_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        environment.setenv("FLUX_CACHE_MIN_FREE_GB", "0")
+        environment.setenv("FLUX_TRUSTED_HOSTS", lora_storage.authority)
+        predictor.setup()
     return predictor
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from errors import InputError, LoraError
+from errors import InputError, LoraReferenceError
+from lora_loading.reference import parse
 from request import Mode, Size
 from tests.conftest import request_of
 
@@ -135,14 +137,36 @@ def test_seeds_beyond_64_bits_are_taken_modulo() -> None:
     assert request_of(seed=2**64 - 1).seed_of(2) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "loras"),
+    [
+        ({}, []),
+        ({"replicate_weights": " ", "extra_lora": ""}, []),
+        ({"replicate_weights": "a/b"}, [("replicate.com/a/b", 1.0)]),
+        ({"extra_lora": "a/b", "extra_lora_scale": 0.5}, [("replicate.com/a/b", 0.5)]),
+        (
+            {"replicate_weights": "a/b", "lora_scale": -1, "extra_lora": "hf.co/c/d", "extra_lora_scale": 2},
+            [("replicate.com/a/b", -1.0), ("huggingface.co/c/d", 2.0)],
+        ),
+        ({"replicate_weights": "a/b", "extra_lora": "a/b"}, [("replicate.com/a/b", 1.0)] * 2),
+        ({"replicate_weights": "a/b", "lora_scale": 0, "extra_lora": "c/d"}, [("replicate.com/c/d", 1.0)]),
+    ],
+)
+def test_loras_come_with_their_own_strengths(given: dict[str, Any], loras: list[tuple[str, float]]) -> None:
+    assert [(str(reference), strength) for reference, strength in request_of(**given).loras] == loras
+
+
+def test_the_operators_lora_takes_the_place_of_the_main_one_alone() -> None:
+    own = parse("own/lora")
+    assert request_of(default_lora=own, lora_scale=0.5).loras == ((own, 0.5),)
+    assert request_of(default_lora=own, extra_lora="a/b").loras == ((own, 1.0), (parse("a/b"), 1.0))
+    assert request_of(default_lora=own, replicate_weights="a/b").loras == ((parse("a/b"), 1.0),)
+
+
 @pytest.mark.parametrize("name", ["replicate_weights", "extra_lora"])
-def test_a_lora_is_a_clear_error_until_they_work(name: str) -> None:
-    with pytest.raises(LoraError, match=f"{name} asks for a LoRA"):
-        request_of(**{name: "fofr/flux-pixar-cars"})
-
-
-def test_an_empty_lora_reference_means_none() -> None:
-    assert request_of(replicate_weights=" ", extra_lora="").mode is Mode.TXT2IMG
+def test_a_lora_of_no_known_form_is_refused_before_any_work(name: str) -> None:
+    with pytest.raises(LoraReferenceError, match='Cannot read LoRA "not a lora"'):
+        request_of(**{name: "not a lora"})
 
 
 def test_go_fast_is_a_clear_error_until_it_works() -> None:

@@ -34,7 +34,7 @@ class Recording(Predictor):
     """Keeps its metrics."""
 
     def __init__(self, ready: Predictor, *flagged: bool, required: bool = False) -> None:
-        vars(self).update(vars(ready))
+        self.__dict__.update(ready.__dict__)
         self.outputs = OutputFolder()
         self.checker = FailClosed(Telling(*flagged))
         self.safety_required = required

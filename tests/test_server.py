@@ -23,6 +23,7 @@ from PIL import Image
 
 from cli.serve import start_server, stop_server, wait_until_ready
 from tests.conftest import QUICK
+from tests.services import Storage, StoredFile
 
 PROJECT = Path(__file__).parent.parent
 PROMPT = {"prompt": "a red circle on a white background"}
@@ -69,9 +70,13 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def client(lora_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     port = free_port()
-    server = start_server("127.0.0.1", port)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FLUX_CACHE_DIR", str(tmp_path_factory.mktemp("server-cache")))
+        environment.setenv("FLUX_CACHE_MIN_FREE_GB", "0")
+        environment.setenv("FLUX_TRUSTED_HOSTS", lora_storage.authority)
+        server = start_server("127.0.0.1", port)
     try:
         assert wait_until_ready(server, "127.0.0.1", port, 120) == "READY"
         yield Client(f"http://127.0.0.1:{port}")
@@ -143,11 +148,53 @@ def test_an_unknown_input_is_ignored(client: Client) -> None:
 
 def test_a_refused_request_says_why_without_a_trace_and_the_next_works(client: Client) -> None:
     golden = client.predict()["output"]
-    answer = client.predict(replicate_weights="fofr/flux-pixar-cars", hf_api_token="hf_canary123")
+    answer = client.predict(replicate_weights="not a lora", hf_api_token="hf_canary123")
     assert answer["status"] == "failed"
-    assert "replicate_weights asks for a LoRA" in answer["error"]
+    assert 'Cannot read LoRA "not a lora"' in answer["error"]
     assert "Traceback" not in json.dumps(answer)
     assert "canary123" not in json.dumps(answer["logs"]) + answer["error"]
+    assert client.predict()["output"] == golden
+
+
+STYLE = (PROJECT / "tests" / "data" / "loras" / "tok-style.safetensors").read_bytes()
+
+
+def test_loras_are_fetched_swapped_and_gone_again(client: Client, lora_storage: Storage) -> None:
+    address = lora_storage.put("/served.safetensors", StoredFile(STYLE, '"1"'))
+    none = client.predict()
+    first = client.predict(replicate_weights=address)
+    again = client.predict(replicate_weights=address)
+    half = client.predict(replicate_weights=address, lora_scale=0.5)
+    bad = client.predict(replicate_weights=address, extra_lora=f"{lora_storage.address}/nowhere.safetensors")
+    (fetched,), (found,) = first["metrics"]["loras"], again["metrics"]["loras"]
+    assert (fetched["cache"], found["cache"]) == ("miss", "hit")
+    assert (fetched["rank"], fetched["megabytes"]) == (6, 0.2)
+    assert fetched["layers"] == 45
+    assert "LoRA" in fetched["format"]
+    assert "served.safetensors: miss, 0.2 MB" in first["logs"]
+    assert again["output"] == first["output"]
+    assert len({none["output"][0], first["output"][0], half["output"][0]}) == 3
+    assert bad["status"] == "failed"
+    assert "nowhere.safetensors" in bad["error"]
+    assert "has no such thing" in bad["error"]
+    assert client.predict()["output"] == none["output"]
+    assert client.predict(replicate_weights=address)["output"] == first["output"]
+
+
+def test_a_cancel_during_a_slow_download_frees_the_slot(client: Client, lora_storage: Storage) -> None:
+    golden = client.predict()["output"]
+    address = lora_storage.put("/slow.safetensors", StoredFile(STYLE, '"1"', bytes_per_second=2000))
+    client.wait_for_slot()
+    inputs = {**PROMPT, **QUICK, "replicate_weights": address}
+    status, _ = client.call("PUT", "/predictions/slow", {"input": inputs}, Prefer="respond-async")
+    assert status == 202
+    deadline = time.monotonic() + 20
+    while lora_storage.count("/slow.safetensors") == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started = time.monotonic()
+    assert client.call("POST", "/predictions/slow/cancel")[0] == 200
+    client.wait_for_slot()
+    assert time.monotonic() - started < 5
     assert client.predict()["output"] == golden
 
 
