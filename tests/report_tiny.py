@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw
 
 from engine.engine import Engine
 from logs import configure_logging
+from lora_loading.adapter import LoraAdapter, read_adapter
+from lora_loading.apply import Stack
 from predict import Predictor
 from request import GenerationRequest, Mode, Size
 from tests.judge import Verdict, judge
@@ -27,6 +29,7 @@ from training.world import Scene, Thing, draw_scene, held_out_scenes, place, pro
 logger = logging.getLogger("report")
 
 PROJECT = Path(__file__).parent.parent
+LORAS = PROJECT / "tests" / "data" / "loras"
 HELD_OUT_SEED = 2026
 TABLE_BEGINS, TABLE_ENDS = "<!-- table -->", "<!-- end of table -->"
 STEPS = {"dev": 28, "schnell": 4}
@@ -60,7 +63,9 @@ def tiny_engine() -> Engine:
     return predictor.engine
 
 
-def picture(engine: Engine, prompt: str, model: str, size: tuple[int, int], seed: int, **given: Any) -> Image.Image:
+def picture(
+    engine: Engine, prompt: str, model: str, size: tuple[int, int], seed: int, stack: Stack = (), **given: Any
+) -> Image.Image:
     """One picture at the model's own number of steps and guidance 3."""
     request = GenerationRequest(
         prompt=prompt,
@@ -76,7 +81,7 @@ def picture(engine: Engine, prompt: str, model: str, size: tuple[int, int], seed
         output_quality=80,
         **given,
     )
-    return next(engine.generate(request))
+    return next(engine.generate(request, stack))
 
 
 def verdicts(engine: Engine, row: Row, scenes: list[Scene]) -> list[Verdict]:
@@ -152,6 +157,7 @@ def sheets(engine: Engine, folder: Path) -> None:
         ]
         contact_sheet(shown, 6).save(folder / f"tiny-{model}.webp", quality=85, method=6)
     contact_sheet(modes(engine), 6).save(folder / "modes.webp", quality=85, method=6)
+    contact_sheet(loras(engine), 4).save(folder / "loras.webp", quality=85, method=6)
 
 
 def modes(engine: Engine) -> list[tuple[str, Image.Image]]:
@@ -169,6 +175,27 @@ def modes(engine: Engine) -> list[tuple[str, Image.Image]]:
     prompt = "a red heart on a white background"
     made = picture(engine, prompt, "dev", size, 3, mode=Mode.INPAINT, image=source, mask=mask, strength=1.0)
     return [*shown, ("the mask: white is repainted", mask.convert("RGB")), (prompt, made)]
+
+
+def adapter(engine: Engine, model: str, name: str) -> LoraAdapter:
+    """One of the two LoRAs of the tests: "style" or "object"."""
+    return read_adapter(LORAS / f"tok-{name}.safetensors", engine.adapters[model].shapes)
+
+
+def loras(engine: Engine) -> list[tuple[str, Image.Image]]:
+    """Each model without a LoRA, with the style, the object, and both, on one seed."""
+    shown = []
+    for model in STEPS:
+        for name, words in (
+            ("no LoRA", "a red TOK on a white background"),
+            ("style", "TOK style, a red heart on a white background"),
+            ("object", "a red TOK on a white background"),
+            ("style and object", "TOK style, a red TOK on a white background"),
+        ):
+            stack = [(adapter(engine, model, part), 1.0) for part in ("style", "object") if part in name]
+            made = picture(engine, words, model, (512, 512), 3, stack)
+            shown.append((f"tiny-{model}, {name}: {words}", made))
+    return shown
 
 
 def main() -> None:

@@ -34,15 +34,16 @@ PROJECT = Path(__file__).parent.parent
 TINY = PROJECT / "engine" / "tiny"
 BEGINNING = "beginning"
 SEED = 0
-FIRST_SCHEDULE = Schedule(steps=6000, peak=1.5e-3, warmup=200, decay=0.2)
-GUIDED_SCHEDULE = Schedule(steps=300, peak=6e-4, warmup=20, decay=0.8)
-SCHNELL_SCHEDULE = Schedule(steps=220, peak=5e-4, warmup=20, decay=0.8)
+FIRST_SCHEDULE = Schedule(steps=10000, peak=1.5e-3, warmup=200, decay=0.3)
+GUIDED_SCHEDULE = Schedule(steps=220, peak=6e-4, warmup=20, decay=0.8)
+SCHNELL_SCHEDULE = Schedule(steps=180, peak=5e-4, warmup=20, decay=0.8)
 
 PICTURES = {
-    (128, 128): 6000, (256, 256): 2000, (448, 256): 300, (256, 448): 300, (512, 512): 500, (1024, 1024): 100,
-    (1344, 768): 50, (768, 1344): 50,
+    (128, 128): 16000, (256, 256): 7000, (448, 256): 300, (256, 448): 300, (512, 512): 2000, (1024, 1024): 250,
+    (1344, 768): 125, (768, 1344): 125,
 }  # fmt: skip
-"""How many pictures of each size are drawn and encoded."""
+"""How many pictures of each size are drawn and encoded: with a quarter of them, the loss on held-out scenes at 512x512
+was twice that on the trained ones after 6,000 steps, and rising."""
 
 
 def _buckets(*rows: tuple[tuple[int, int], float, int | None]) -> list[Bucket]:
@@ -50,12 +51,12 @@ def _buckets(*rows: tuple[tuple[int, int], float, int | None]) -> list[Bucket]:
 
 
 FIRST_BUCKETS = _buckets(
-    ((128, 128), 0.12, None),
-    ((256, 256), 0.24, 64),
-    ((512, 512), 0.34, 64),
-    ((1024, 1024), 0.14, 64),
-    ((1344, 768), 0.08, 64),
-    ((768, 1344), 0.08, 64),
+    ((128, 128), 0.22, None),
+    ((256, 256), 0.30, 64),
+    ((512, 512), 0.30, 64),
+    ((1024, 1024), 0.08, 64),
+    ((1344, 768), 0.05, 64),
+    ((768, 1344), 0.05, 64),
 )
 """What stands where is learnt from many pictures, not from many tokens of each."""
 LAST_BUCKETS = _buckets(
