@@ -110,14 +110,12 @@ def test_a_lora_of_tiny_dev_changes_both_models(name: str, model: str) -> None:
 
 @pytest.mark.parametrize("row", [Row("dev", (256, 256), 24), Row("schnell", (512, 512), 24)], ids=["dev", "schnell"])
 def test_it_follows_held_out_prompts(engine: Engine, row: Row) -> None:
-    """Colours and places over a sample of held-out prompts, with room for another processor's rounding.
-
-    Shapes are not held here: the present checkpoints draw them too roughly, see engine/tiny/README.md.
-    """
+    """A sample of held-out prompts, with room for another processor's rounding: chance draws one shape in eight."""
     found = verdicts(engine, row, held_out_scenes(row.prompts, HELD_OUT_SEED))
-    background, colour, _, place_ = (sum(column) / len(found) for column in zip(*map(astuple, found), strict=True))
+    background, colour, shape, place_ = (sum(column) / len(found) for column in zip(*map(astuple, found), strict=True))
     assert background >= 0.95
-    assert colour >= 0.7
+    assert colour >= 0.8
+    assert shape >= 0.25
     assert place_ >= 0.8
 
 
