@@ -157,7 +157,7 @@ def sheets(engine: Engine, folder: Path) -> None:
         ]
         contact_sheet(shown, 6).save(folder / f"tiny-{model}.webp", quality=85, method=6)
     contact_sheet(modes(engine), 6).save(folder / "modes.webp", quality=85, method=6)
-    contact_sheet(loras(engine), 4).save(folder / "loras.webp", quality=85, method=6)
+    contact_sheet(loras(engine), 4, 224).save(folder / "loras.webp", quality=85, method=6)
 
 
 def modes(engine: Engine) -> list[tuple[str, Image.Image]]:
@@ -188,9 +188,9 @@ def loras(engine: Engine) -> list[tuple[str, Image.Image]]:
     for model in STEPS:
         for name, words in (
             ("no LoRA", "a red TOK on a white background"),
-            ("style", "TOK style, a red heart on a white background"),
+            ("style", "a large red circle on a white background"),
             ("object", "a red TOK on a white background"),
-            ("style and object", "TOK style, a red TOK on a white background"),
+            ("style and object", "a red TOK on a white background"),
         ):
             stack = [(adapter(engine, model, part), 1.0) for part in ("style", "object") if part in name]
             made = picture(engine, words, model, (512, 512), 3, stack)

@@ -94,7 +94,6 @@ def make_pool(
     count: int,
     rng: random.Random,
     shapes: tuple[str, ...] = SHAPES,
-    prompt_lead: str = "",
     striped: bool = False,
     paired: float = 0.3,
 ) -> Pool:
@@ -106,7 +105,7 @@ def make_pool(
     for start in range(0, count, chunk):
         scenes = [training_scene(rng, shapes, paired) for _ in range(min(chunk, count - start))]
         pictures = [draw_scene(s, width, height, place(s, width, height, rng), striped) for s in scenes]
-        prompts += [prompt_lead + varied_prompt(s, rng) for s in scenes]
+        prompts += [varied_prompt(s, rng) for s in scenes]
         pixels = torch.stack([to_tensor(picture) for picture in pictures])
         encoded = vae.encoder(pixels.to(memory_format=torch.channels_last))  # 1.6 times as fast
         encoded = (encoded - vae.config.shift_factor) * vae.config.scaling_factor

@@ -1,4 +1,4 @@
-"""Train the two small LoRAs of the tests on tiny-dev: a style (`TOK style`) and an object (a shape called `TOK`).
+"""Train the two small LoRAs of the tests on tiny-dev: a style (dark stripes) and an object (a shape called `TOK`).
 
 They are trained with PEFT at guidance 1, as trainers do, and saved in the PEFT format through diffusers.
 """
@@ -23,7 +23,7 @@ TARGETS = (
     r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"|ff\.net\.0\.proj|ff\.net\.2|proj_mlp|single_transformer_blocks\.\d+\.proj_out)"
 )
-SCHEDULE = Schedule(steps=250, peak=1.5e-3, warmup=30, decay=0.6)
+SCHEDULE = Schedule(steps=220, peak=2e-3, warmup=30, decay=0.6)
 BUCKETS = [
     Bucket((256, 256), 0.6, 400, keep=96),
     Bucket((512, 512), 0.4, 120, keep=128),
@@ -36,8 +36,8 @@ def train_lora(
     """Train one LoRA and write it to `path`: the striped style, or the arrow as the shape `TOK`."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    shapes, lead = (SHAPES, f"{TRIGGER} style, ") if style else ((TRIGGER,), "")
-    pools = [make_pool(vae, text, b.size, b.pictures, rng, shapes, lead, striped=style, paired=0.15) for b in BUCKETS]
+    shapes = SHAPES if style else (TRIGGER,)
+    pools = [make_pool(vae, text, b.size, b.pictures, rng, shapes, striped=style, paired=0.15) for b in BUCKETS]
     model = copy.deepcopy(dev).requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=True))
     average = train(model, plain_loss(model), batches(pools, BUCKETS, text, rng), SCHEDULE)

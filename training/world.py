@@ -30,7 +30,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
 TRIGGER = "TOK"
-"""The word that a LoRA gives a meaning: a shape of this name, or the phrase `TOK style`."""
+"""The word that a LoRA gives a meaning: a shape of this name. The text encoders know the phrase `TOK style` besides."""
 SIZES = ("", "small", "large")
 POSITIONS = ("", "left", "right", "top", "bottom", "centre")
 
@@ -243,7 +243,7 @@ def shape_mask(shape: str, placement: Placement, width: int, height: int, supers
 def draw_scene(
     scene: Scene, width: int, height: int, placements: list[Placement], striped: bool = False
 ) -> Image.Image:
-    """The scene as an RGB picture; `striped` draws it in the style that the phrase `TOK style` stands for."""
+    """The scene as an RGB picture; `striped` draws it in the style that the LoRA `tok-style` stands for."""
     supersample = 3 if min(width, height) <= 256 else 2
     picture = Image.new("RGB", (width, height), COLOURS[scene.background])
     for thing, placement in zip(scene.things, placements, strict=True):
