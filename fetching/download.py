@@ -24,7 +24,7 @@ CONNECTIONS = 16
 BUFFER_BYTES = 2**20
 TRIES_A_PART = 3
 JOIN_SECONDS = 2
-SYNC_BYTES = 64 * 2**20
+SYNC_BYTES = 32 * 2**20
 
 Progress = Callable[[int, int | None], None]
 """Called about once a second with the bytes that have come and, where it is known, how many there are."""
@@ -118,6 +118,9 @@ class _Transfer:
     def bytes_done(self) -> int:
         return sum(part.done for part in self.parts)
 
+    def complete(self) -> bool:
+        return all(part.complete for part in self.parts)
+
 
 def download(
     client: Client,
@@ -210,14 +213,16 @@ class _Download:
             threading.Thread(target=self._work, args=(os.dup(self._file.fileno()), response), daemon=True)
             for response in firsts
         ]
-        follow = threading.Thread(
-            target=_take_digest, args=(os.dup(self._file.fileno()), transfer, digest), daemon=True
-        )
-        threads.append(follow)
+        last = [
+            threading.Thread(target=_take_digest, args=(os.dup(self._file.fileno()), transfer, digest), daemon=True),
+            threading.Thread(target=_flush, args=(os.dup(self._file.fileno()), transfer), daemon=True),
+        ]
+        threads += last
         for thread in threads:
             thread.start()
         try:
-            self._watch(follow, self._first.length)
+            for thread in last:
+                self._watch(thread, self._first.length)
         finally:
             transfer.stop()
             for thread in threads:
@@ -235,7 +240,7 @@ class _Download:
             if now - told >= 1:
                 told = now
                 self._progress(done, total)
-            if transfer.stopped:
+            if transfer.stopped or transfer.complete():
                 continue
             if now - self._started > limits.total_seconds:
                 transfer.fail(self._too_slow(f"not done after {limits.total_seconds:.0f} s"))
@@ -306,25 +311,38 @@ class _Download:
 
 
 def _take_digest(file: int, transfer: _Transfer, digest: hashlib._Hash) -> None:
-    """Read behind the threads that write, in order, so that the digest is there when the last byte is.
-
-    Lets the disk have what has come now and then: all at the end would take as long as the download did.
-    """
+    """Read behind the threads that write, in order, so that the digest is there when the last byte is."""
     try:
-        since_sync = 0
         for part in transfer.parts:
-            since_sync += _follow(file, part, transfer, digest)
-            if since_sync >= SYNC_BYTES:
-                os.fdatasync(file)
-                since_sync = 0
-        os.fsync(file)
+            _follow(file, part, transfer, digest)
     except BaseException as failure:
         transfer.fail(failure)
     finally:
         os.close(file)
 
 
-def _follow(file: int, part: _Part, transfer: _Transfer, digest: hashlib._Hash) -> int:
+def _flush(file: int, transfer: _Transfer) -> None:
+    """Let the disk have what has come now and then: all at the end would take as long as the download did."""
+    flushed = 0
+    try:
+        while not (transfer.stopped or transfer.complete()):
+            done = transfer.bytes_done()
+            if done - flushed >= SYNC_BYTES:
+                os.fdatasync(file)
+                flushed = done
+            else:
+                time.sleep(0.002)
+        if not transfer.stopped:
+            os.fsync(file)
+    except OSError as failure:
+        transfer.fail(_disk_error(failure))
+    except BaseException as failure:
+        transfer.fail(failure)
+    finally:
+        os.close(file)
+
+
+def _follow(file: int, part: _Part, transfer: _Transfer, digest: hashlib._Hash) -> None:
     seen = 0
     while not (part.complete and seen == part.done):
         if transfer.stopped:
@@ -335,7 +353,6 @@ def _follow(file: int, part: _Part, transfer: _Transfer, digest: hashlib._Hash) 
             chunk = os.pread(file, min(BUFFER_BYTES, part.done - seen), part.start + seen)
             digest.update(chunk)
             seen += len(chunk)
-    return seen
 
 
 def _reserve(file: BinaryIO, total: int | None) -> None:
