@@ -295,7 +295,7 @@ def lora_facts(adapter: "LoraAdapter", file: "CachedFile") -> Dict[str, Any]:
     return {
         "format": adapter.format,
         "rank": max(adapter.ranks),
-        "layers": len({(layer.component, layer.layer) for layer in adapter.layers}),
+        "layers": sum(adapter.count(component) for component in adapter.components),
         "megabytes": round(file.size_bytes / 1e6, 1),
         "trigger_words": ", ".join([*adapter.trigger_words, *(words for _, words in file.facts)]),
         "cache": file.outcome,
