@@ -367,6 +367,13 @@ def test_a_file_that_lies_elsewhere_gets_no_token(world: World) -> None:
     assert (source.address, source.headers) == ("https://cdn.example.com/x.safetensors", ())
 
 
+@pytest.mark.parametrize("address", ["https://[x", 7, ["https://a.example"]])
+def test_an_address_that_is_none_is_an_answer_of_another_shape(world: World, address: object) -> None:
+    publish_versions(world, civitai_version(4, files=[{**civitai_file(4, FILE), "downloadUrl": address}]))
+    with pytest.raises(DownloadError, match="CivitAI answered with JSON of a shape that we do not know"):
+        world.resolve("civitai.com/models/123")
+
+
 def download_error(world: World, text: str, tokens: Tokens | None = None) -> str:
     """What the user sees when the download itself is refused."""
     reference, tokens = parse(text), tokens or Tokens()

@@ -63,7 +63,8 @@ def resolve(client: Client, reference: CivitaiReference, token: str | None, *, e
     if file is None:
         found = f"version {version.id} has no safetensors file"
         raise LoraFormatError(message(reference, found, "Choose another version."))
-    address = _address(file, version, endpoint)
+    with known_shape("CivitAI"):
+        address = _address(file, version, endpoint)
     return Source(
         name=reference.label,
         address=address,
