@@ -9,6 +9,7 @@ import os
 import pathlib
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from cog import BasePredictor, Input, Path, Secret
@@ -22,6 +23,8 @@ from safety.gate import Gate
 from settings import Settings
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from lora_loading.adapter import LoraAdapter
     from weights import CachedFile
 
@@ -42,6 +45,7 @@ class Predictor(BasePredictor):
 
         from engine.engine import Engine
         from engine.loading import load_models
+        from engine.precision import choose_scheme, exact_precision, fast_precision
         from engine.profiles import choose_profile, model_profiles
         from lora_loading.cache import AdapterCache
         from lora_loading.store import open_store
@@ -57,7 +61,11 @@ class Predictor(BasePredictor):
         self.loras = open_store(settings)
         self.plain_http_hosts = settings.trusted_hosts
         self.adapters = AdapterCache(ADAPTER_CACHE_BYTES)
-        self.engine = Engine(load_models(model_profiles(profile, settings), device), device)
+        exact = exact_precision(load_models(model_profiles(profile, settings), device))
+        scheme = choose_scheme(device)
+        logger.info("go_fast: %s", scheme.name if scheme else "not on this device, where it runs exact")
+        fast = fast_precision(exact, scheme, device, settings.go_fast_lora_gain) if scheme else None
+        self.engine = Engine(exact, fast, device)
         self.outputs = OutputFolder()
         logger.info("ready in %.1f s", time.monotonic() - started)
 
@@ -208,13 +216,12 @@ class Predictor(BasePredictor):
             self._announce(request)
             stack = self._adapters(request, hf_api_token, civitai_api_token)
             folder = self.outputs.fresh()
-            files = []
             gate = Gate(self.checker)
-            pictures = self.engine.generate(request, stack)
-            for index, picture in enumerate(pictures) if disable_safety_checker else gate.passing(pictures):
-                file = folder / f"{folder.name}-{index}.{request.output_format}"
-                file.write_bytes(encode(picture, request.output_format, request.output_quality))
-                files.append(Path(file))
+            with ThreadPoolExecutor(max_workers=1) as beside:  # a picture is encoded while the next one is made
+                pictures = self.engine.generate(request, stack)
+                passing = enumerate(pictures) if disable_safety_checker else gate.passing(pictures)
+                written = [beside.submit(write, folder, index, picture, request) for index, picture in passing]
+            files = [Path(file.result()) for file in written]
             self._report(gate)
             gate.require_one()
             logger.info("pictures made: %d, in %.1f s", len(files), time.monotonic() - started)
@@ -239,7 +246,7 @@ class Predictor(BasePredictor):
     ) -> "List[Tuple[LoraAdapter, float]]":
         """Every LoRA of the request, fetched and checked against the model, with its strength."""
         tokens = Tokens(revealed(hf_api_token), revealed(civitai_api_token))
-        shapes = self.engine.adapters[request.model].shapes
+        shapes = self.engine.exact.adapters[request.model].shapes
         stack, facts = [], []
         for reference, strength in request.loras:
             with self.loras.open(reference, tokens) as file:
@@ -278,6 +285,13 @@ class OutputFolder:
         if self._current is not None:
             self._current.cleanup()
         self._current = None
+
+
+def write(folder: pathlib.Path, index: int, picture: "Image", request: GenerationRequest) -> pathlib.Path:
+    """Encode a picture into a new file of the folder."""
+    file = folder / f"{folder.name}-{index}.{request.output_format}"
+    file.write_bytes(encode(picture, request.output_format, request.output_quality))
+    return file
 
 
 def log_failure(error: BaseException) -> None:

@@ -96,6 +96,8 @@ class GenerationRequest:
     """RGB, at `size`; present for img2img and inpaint."""
     mask: Image.Image | None = None
     """"L", at `size`, white where the picture is repainted; present for inpaint."""
+    go_fast: bool = False
+    """Whether the transformer runs in fp8."""
     loras: tuple[tuple[LoraReference, float], ...] = ()
     """The LoRAs to apply and the strength of each; a strength of 0 is no LoRA and is left out."""
     notes: tuple[str, ...] = ()
@@ -150,8 +152,8 @@ def build_request(
         size = Size.from_sides(*picture.size)
     else:
         size = _size_of_text_to_image(aspect_ratio, width, height, megapixels)
-    if go_fast:
-        _refuse_go_fast(custom=picture is None and aspect_ratio == "custom")
+    custom = picture is None and aspect_ratio == "custom"
+    if go_fast and custom:
         notes.append("go_fast is not used: a custom size runs in the original precision")
     return GenerationRequest(
         prompt=prompt,
@@ -167,6 +169,7 @@ def build_request(
         output_quality=int(output_quality),
         image=None if picture is None else _fitted(picture, size),
         mask=None if mask is None else _fitted(open_mask(mask), size),
+        go_fast=go_fast and not custom,
         loras=_used((main, lora_scale), (extra, extra_lora_scale)),
         notes=tuple(notes),
     )
@@ -200,8 +203,3 @@ def _parsed(text: str | None, plain_http_hosts: frozenset[str]) -> LoraReference
 
 def _used(*asked: tuple[LoraReference | None, float]) -> tuple[tuple[LoraReference, float], ...]:
     return tuple((reference, float(scale)) for reference, scale in asked if reference is not None and scale != 0)
-
-
-def _refuse_go_fast(custom: bool) -> None:
-    if not custom:
-        raise InputError("go_fast asks for the fp8 model, which this version does not have yet. Set go_fast to false.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from errors import SettingsError
 
 PROFILES = ("auto", "full", "tiny")
+COMPILE = ("auto", "on", "off")
 SAFETY = ("auto", "reference", "embedded", "strict")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 GIGABYTE = 10**9
@@ -32,6 +33,10 @@ class Settings:
     """The largest LoRA."""
     default_lora: str | None = None
     """Used where a request names no `replicate_weights`."""
+    go_fast_lora_gain: float = 1.5
+    """What go_fast multiplies the strengths of LoRAs by."""
+    compile: str = "auto"
+    """`on`, `off`, or `auto`: whether the transformers are compiled; on with a CUDA device."""
     safety: str = "auto"
     """`reference`, `embedded`, `strict`, or `auto`: reference with the full profile, else embedded."""
     safety_required: bool = False
@@ -65,6 +70,8 @@ class Settings:
             cache_max_bytes=_gigabytes(environ, "FLUX_CACHE_MAX_GB", 0) or None,
             max_download_bytes=_gigabytes(environ, "FLUX_MAX_DOWNLOAD_GB", cls.max_download_bytes),
             default_lora=_optional(environ, "FLUX_DEFAULT_LORA"),
+            go_fast_lora_gain=_gain(environ, "FLUX_GO_FAST_LORA_GAIN", cls.go_fast_lora_gain),
+            compile=_choice(environ, "FLUX_COMPILE", COMPILE, cls.compile),
             safety=_choice(environ, "FLUX_SAFETY", SAFETY, cls.safety),
             safety_required=_switch(environ, "FLUX_SAFETY_REQUIRED", cls.safety_required),
             safety_folder=_optional(environ, "FLUX_SAFETY_FOLDER"),
@@ -106,16 +113,26 @@ def _cache_dir(environ: Mapping[str, str]) -> Path:
 
 
 def _gigabytes(environ: Mapping[str, str], name: str, default_bytes: int) -> int:
+    value = _number(environ, name, 1e6, "a number of gigabytes, such as 10 or 0.5")
+    return default_bytes if value is None else int(value * GIGABYTE)
+
+
+def _gain(environ: Mapping[str, str], name: str, default: float) -> float:
+    value = _number(environ, name, 10, "a factor from 0 to 10, such as 1.5")
+    return default if value is None else value
+
+
+def _number(environ: Mapping[str, str], name: str, below: float, wanted: str) -> float | None:
     text = _optional(environ, name)
     if text is None:
-        return default_bytes
+        return None
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < 1e6:
-        raise SettingsError(f'{name} is "{text}". Set it to a number of gigabytes, such as 10 or 0.5.')
-    return int(value * GIGABYTE)
+    if not 0 <= value < below:
+        raise SettingsError(f'{name} is "{text}". Set it to {wanted}.')
+    return value
 
 
 def _switch(environ: Mapping[str, str], name: str, default: bool) -> bool:

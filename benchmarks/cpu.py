@@ -54,7 +54,7 @@ def defaults() -> dict[str, Any]:
 
 def overhead(predictor: Predictor, mode: Mode, inputs: dict[str, Path]) -> tuple[float, float]:
     """Median seconds of predict() and of a bare call of the same diffusers pipeline, one 512x512 picture."""
-    model = predictor.engine.models["dev"]
+    model = predictor.engine.exact.models["dev"]
     pipeline = model.pipelines[mode]
     opened = {name: Image.open(path) for name, path in inputs.items()}
     arguments: dict[str, Any] = {"mask_image": opened["mask"]} if "mask" in opened else {}

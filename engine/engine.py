@@ -7,7 +7,8 @@ not on how many were asked for, and the first one is ready as early as if it wer
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,30 +16,42 @@ from PIL import Image
 from torch import Tensor
 
 from engine.loading import Model
+from engine.precision import Precision
 from errors import ModelError
 from images import composite
-from lora_loading.apply import AdapterManager, Stack, adapter_managers
+from lora_loading.apply import AdapterManager, Stack
 from lora_loading.shapes import CLIP, T5
-from request import GenerationRequest, Mode
+from request import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+PROMPTS_KEPT = 32
+"""Encoded prompts in the device's memory: 4 MB each for FLUX.1 [dev]."""
+
 
 class Engine:
-    """The loaded models, and the one way to use them."""
+    """The loaded models in their precisions, and the one way to use them."""
 
-    def __init__(self, models: Mapping[str, Model], device: torch.device) -> None:
-        self.models = models
-        self.adapters = adapter_managers({name: model.pipelines[Mode.TXT2IMG] for name, model in models.items()})
-        """What each model carries; a model's pipelines share its modules."""
+    def __init__(self, exact: Precision, fast: Precision | None, device: torch.device) -> None:
+        """Take the models over.
+
+        Args:
+            exact: the models in their original precision.
+            fast: the same in fp8; None where the device can't, and then `go_fast` runs exact and the log says so.
+            device: where they run.
+        """
+        self.exact = exact
+        self.fast = fast
         self._device = device
+        self._prompts: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
     def generate(self, request: GenerationRequest, stack: Stack = ()) -> Iterator[Image.Image]:
         """Yield `request.num_outputs` RGB pictures of `request.size`, in order.
 
         Args:
             request: what to make.
-            stack: the adapters to make it with, read for `adapters[request.model].shapes`, and their strengths.
+            stack: the adapters to make it with, read for the model's shapes (see `Precision.adapters`), and their
+                strengths as the request has them.
 
         Raises:
             ModelError: the model's numbers are not finite.
@@ -46,21 +59,31 @@ class Engine:
         if request.image is not None and denoising_steps(request) == 0:
             yield from (request.image.copy() for _ in range(request.num_outputs))
             return
-        adapters = self.adapters[request.model]
-        adapters.apply(stack)
-        model = self.models[request.model]
+        precision = self._precision(request)
+        adapters = precision.adapters[request.model]
+        adapters.apply([(adapter, strength * precision.lora_gain) for adapter, strength in stack])
+        model = precision.models[request.model]
         pipeline = model.pipelines[request.mode]
-        prompt_embeds, pooled = self._encode_prompt(pipeline, model, adapters, request.prompt)
+        prompt_embeds, pooled = self._encoded(pipeline, model, adapters, request.prompt)
         for index in range(request.num_outputs):
             picture = self._denoise(pipeline, model, request, index, prompt_embeds, pooled)
             if request.image is not None and request.mask is not None:
                 picture = composite(request.image, picture, request.mask)
             yield picture
 
+    def _precision(self, request: GenerationRequest) -> Precision:
+        if not request.go_fast:
+            return self.exact
+        if self.fast is None:
+            logger.warning("go_fast: this device has no use of fp8, so the original precision is used")
+            return self.exact
+        return self.fast
+
     @torch.inference_mode()
-    def _encode_prompt(
+    def _encoded(
         self, pipeline: DiffusionPipeline, model: Model, adapters: AdapterManager, prompt: str
     ) -> tuple[Tensor, Tensor]:
+        """The prompt's T5 states (1, tokens, width) and pooled CLIP vector (1, width), kept for the next request."""
         limit = model.profile.max_prompt_tokens
         for_clip, for_t5 = adapters.prompt(CLIP, prompt), adapters.prompt(T5, prompt)
         tokens = len(pipeline.tokenizer_2(for_t5, truncation=False, verbose=False).input_ids)
@@ -68,10 +91,16 @@ class Engine:
             logger.warning(
                 "the prompt has %d tokens, of which %s reads the first %d", tokens, model.profile.name, limit
             )
-        prompt_embeds, pooled, _ = pipeline.encode_prompt(
-            prompt=for_clip, prompt_2=for_t5, device=self._device, max_sequence_length=limit
-        )
-        return prompt_embeds, pooled
+        key = (prompt, limit, adapters.carried(CLIP), adapters.carried(T5))
+        if key not in self._prompts:
+            prompt_embeds, pooled, _ = pipeline.encode_prompt(
+                prompt=for_clip, prompt_2=for_t5, device=self._device, max_sequence_length=limit
+            )
+            self._prompts[key] = prompt_embeds, pooled
+            if len(self._prompts) > PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        self._prompts.move_to_end(key)
+        return self._prompts[key]
 
     @torch.inference_mode()
     def _denoise(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -123,10 +123,33 @@ class ComponentAdapters:
         return nn.Parameter(new.to(pristine.dtype), requires_grad=False)
 
 
+class Carrier(Protocol):
+    """Who makes one module carry a stack: `ComponentAdapters`, or the owner of a copy that is rewritten."""
+
+    @property
+    def name(self) -> str:
+        """The component's name in diffusers' pipelines."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+
+    @property
+    def words(self) -> PromptWords | None:
+        """Where a text encoder has the words that adapters bring along."""
+
+    @property
+    def carried(self) -> StackKey | None:
+        """What the module carries, None while that is unknown."""
+
+    def apply(self, stack: Stack) -> None:
+        """Make the module carry exactly this stack, each adapter once; nothing is done where it does already."""
+
+
 class AdapterManager:
     """The adapters of one model: its transformer's, and those of the text encoders that other models may share."""
 
-    def __init__(self, components: Sequence[ComponentAdapters]) -> None:
+    def __init__(self, components: Sequence[Carrier]) -> None:
         self.components = {component.name: component for component in components}
         self.shapes: ModelShapes = shapes_of({component.name: component.module for component in components})
         """What an adapter has to fit; for `read_adapter`."""

@@ -96,7 +96,7 @@ def scene_picture() -> Image.Image:
 @pytest.fixture
 def broken_vae(engine: Engine) -> Iterator[None]:
     """The VAE gives numbers that are not finite."""
-    vae = engine.models["dev"].pipelines[Mode.TXT2IMG].vae
+    vae = engine.exact.models["dev"].pipelines[Mode.TXT2IMG].vae
     weight = next(vae.decoder.parameters())
     original = weight.detach().clone()
     weight.data.fill_(float("nan"))

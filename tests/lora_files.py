@@ -22,9 +22,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_loading.adapter import LoraAdapter
 from lora_loading.formats.bfl import bfl_targets
 from lora_loading.formats.targets import Target
-from lora_loading.shapes import ModelShapes
+from lora_loading.layers import LayerUpdate
+from lora_loading.shapes import TRANSFORMER, ModelShapes
+from lora_loading.updates import Dora, Full, LowRank
 
 Tensors = dict[str, Tensor]
 
@@ -67,6 +70,32 @@ def changes_of(shapes: ModelShapes, rank: int = 4, alpha: float = 8.0, seed: int
 def expected(changes: Iterable[Change]) -> dict[str, Tensor]:
     """The change of each layer of the model in float64: the oracle."""
     return {name: change.scale * (b.double() @ change.a.double()) for change in changes for name, b in change.pieces}
+
+
+def adapter_of(shapes: ModelShapes, rank: int = 4, alpha: float = 8.0, seed: int = 0, only: str = "") -> LoraAdapter:
+    """An adapter of random factors, without a file."""
+    layers = [
+        LayerUpdate(TRANSFORMER, name, "weight", LowRank(c.a, b, c.scale))
+        for c in changes_of(shapes, rank, alpha, seed, only)
+        for name, b in c.pieces
+    ]
+    return LoraAdapter(f"{rank} {alpha} {seed} {only}", "test", tuple(layers))
+
+
+def kinds_of(shapes: ModelShapes) -> list[LoraAdapter]:
+    """Adapters of every kind for the narrow transformer."""
+    low = LowRank(torch.randn(3, 32) * 0.1, torch.randn(32, 3) * 0.1, 0.5)
+    name = "transformer_blocks.0.attn.to_k"
+    dora = LoraAdapter("dora", "test", (LayerUpdate(TRANSFORMER, name, "weight", Dora(low, torch.rand(32, 1))),))
+    norm = Full(torch.randn(16))
+    norms = LoraAdapter("norm", "test", (LayerUpdate(TRANSFORMER, "transformer_blocks.0.attn.norm_q", "weight", norm),))
+    return [
+        dora,
+        norms,
+        adapter_of(shapes, 2, seed=1, only="attn"),
+        adapter_of(shapes, 9, seed=2),
+        adapter_of(shapes, 30, seed=3, only="linear"),
+    ]
 
 
 def save(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Path:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import random
+import statistics
 import textwrap
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.engine import Engine
@@ -37,11 +40,12 @@ STEPS = {"dev": 28, "schnell": 4}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a model at a size, and over how many held-out prompts."""
+    """One line of the table: a model at a size in a precision, and over how many held-out prompts."""
 
     model: str
     size: tuple[int, int]
     prompts: int
+    go_fast: bool = False
 
 
 ROWS = [
@@ -50,16 +54,17 @@ ROWS = [
     for size, prompts in (
         ((512, 512), 200), ((256, 256), 200), ((1024, 1024), 20), ((1344, 768), 20), ((768, 1344), 20),
     )
-]  # fmt: skip
+] + [Row(model, (512, 512), 50, go_fast=True) for model in STEPS]  # fmt: skip
 
 
 def tiny_engine() -> Engine:
     """The engine of the tiny profile, without progress bars."""
     predictor = Predictor()
     predictor.setup()
-    for model in predictor.engine.models.values():
-        for pipeline in model.pipelines.values():
-            pipeline.set_progress_bar_config(disable=True)
+    for precision in filter(None, (predictor.engine.exact, predictor.engine.fast)):
+        for model in precision.models.values():
+            for pipeline in model.pipelines.values():
+                pipeline.set_progress_bar_config(disable=True)
     return predictor.engine
 
 
@@ -84,15 +89,23 @@ def picture(
     return next(engine.generate(request, stack))
 
 
-def verdicts(engine: Engine, row: Row, scenes: list[Scene]) -> list[Verdict]:
-    """The judge's verdict on each scene's picture."""
-    found = []
+def verdicts(engine: Engine, row: Row, scenes: list[Scene]) -> tuple[list[Verdict], list[float]]:
+    """The judge's verdict on each scene's picture; for go_fast also their PSNR beside the exact pictures, in dB."""
+    found, nearness = [], []
     for seed, scene in enumerate(scenes):
-        shown = picture(engine, prompt_of(scene), row.model, row.size, seed)
+        shown = picture(engine, prompt_of(scene), row.model, row.size, seed, go_fast=row.go_fast)
         found.append(judge(shown, scene))
+        if row.go_fast:
+            nearness.append(psnr(shown, picture(engine, prompt_of(scene), row.model, row.size, seed)))
         if not all(astuple(found[-1])):
             logger.info("%s %dx%d: %s: %s", row.model, *row.size, prompt_of(scene), found[-1])
-    return found
+    return found, nearness
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures of one size in dB; infinite for equal ones."""
+    error = float(np.square(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).mean())
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def share(flags: list[bool]) -> str:
@@ -103,22 +116,25 @@ def share(flags: list[bool]) -> str:
 def quick_rows() -> list[Row]:
     """The rows of a few minutes: at most 24 prompts, and without dev's largest sizes."""
     small = [row for row in ROWS if row.model == "schnell" or max(row.size) <= 512]
-    return [Row(row.model, row.size, 24 if max(row.size) <= 512 else 8) for row in small]
+    return [replace(row, prompts=24 if max(row.size) <= 512 else 8) for row in small]
 
 
 def table(engine: Engine, rows: list[Row]) -> str:
     """The accuracy table as Markdown."""
     lines = [
-        "| model | size | prompts | background % | colour % | shape % | place % | both of two objects % |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | precision | size | prompts | background % | colour % | shape % | place % | both of two objects % "
+        "| PSNR beside exact, dB: median, least |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         scenes = held_out_scenes(row.prompts, HELD_OUT_SEED)
         started = time.monotonic()
-        found = verdicts(engine, row, scenes)
+        found, nearness = verdicts(engine, row, scenes)
         columns = [share(list(column)) for column in zip(*map(astuple, found), strict=True)]
         pairs = [all(astuple(v)) for v, scene in zip(found, scenes, strict=True) if len(scene.things) == 2]
-        cells = [f"tiny-{row.model}", f"{row.size[0]}x{row.size[1]}", str(len(scenes)), *columns, share(pairs)]
+        near = f"{statistics.median(nearness):.1f}, {min(nearness):.1f}" if nearness else ""
+        size, precision = f"{row.size[0]}x{row.size[1]}", "go_fast" if row.go_fast else "exact"
+        cells = [f"tiny-{row.model}", precision, size, str(len(scenes)), *columns, share(pairs), near]
         lines.append(f"| {' | '.join(cells)} |")
         logger.info("%s in %.0f s", lines[-1], time.monotonic() - started)
     return "\n".join(lines) + "\n"
@@ -179,7 +195,7 @@ def modes(engine: Engine) -> list[tuple[str, Image.Image]]:
 
 def adapter(engine: Engine, model: str, name: str) -> LoraAdapter:
     """One of the two LoRAs of the tests: "style" or "object"."""
-    return read_adapter(LORAS / f"tok-{name}.safetensors", engine.adapters[model].shapes)
+    return read_adapter(LORAS / f"tok-{name}.safetensors", engine.exact.adapters[model].shapes)
 
 
 def loras(engine: Engine) -> list[tuple[str, Image.Image]]:

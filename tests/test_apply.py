@@ -23,7 +23,7 @@ from lora_loading.layers import LayerUpdate
 from lora_loading.shapes import CLIP, T5, TRANSFORMER, ModelShapes, adaptable_layers, components_of
 from lora_loading.updates import Dora, Full, LoKr, LowRank, Update
 from tests import lora_files as files
-from tests.lora_files import changes_of, expected, save
+from tests.lora_files import adapter_of, changes_of, expected, kinds_of, save
 from tests.tiny_models import inputs_of, narrow_transformer, tiny_pipelines, weights_hash
 
 LORAS = Path(__file__).parent / "data" / "loras"
@@ -51,16 +51,6 @@ def thing(managers: dict[str, AdapterManager]) -> LoraAdapter:
 
 def manager_of(model: nn.Module, reserved_rank: int = 0) -> AdapterManager:
     return AdapterManager([ComponentAdapters(TRANSFORMER, model, reserved_rank)])
-
-
-def adapter_of(shapes: ModelShapes, rank: int = 4, alpha: float = 8.0, seed: int = 0, only: str = "") -> LoraAdapter:
-    """An adapter of random factors, without a file."""
-    layers = [
-        LayerUpdate(TRANSFORMER, name, "weight", LowRank(c.a, b, c.scale))
-        for c in changes_of(shapes, rank, alpha, seed, only)
-        for name, b in c.pieces
-    ]
-    return LoraAdapter(f"{rank} {alpha} {seed} {only}", "test", tuple(layers))
 
 
 def carried_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -184,22 +174,6 @@ def test_diffusers_draws_the_same(
 
 
 # No trace
-
-
-def kinds_of(shapes: ModelShapes) -> list[LoraAdapter]:
-    """Adapters of every kind for the narrow transformer."""
-    low = LowRank(torch.randn(3, 32) * 0.1, torch.randn(32, 3) * 0.1, 0.5)
-    name = "transformer_blocks.0.attn.to_k"
-    dora = LoraAdapter("dora", "test", (LayerUpdate(TRANSFORMER, name, "weight", Dora(low, torch.rand(32, 1))),))
-    norm = Full(torch.randn(16))
-    norms = LoraAdapter("norm", "test", (LayerUpdate(TRANSFORMER, "transformer_blocks.0.attn.norm_q", "weight", norm),))
-    return [
-        dora,
-        norms,
-        adapter_of(shapes, 2, seed=1, only="attn"),
-        adapter_of(shapes, 9, seed=2),
-        adapter_of(shapes, 30, seed=3, only="linear"),
-    ]
 
 
 def swap_at_random(count: int, reserved_rank: int) -> None:

@@ -14,8 +14,13 @@ from PIL import Image
 
 from engine.engine import Engine, denoising_steps
 from engine.loading import load_models
+from engine.precision import exact_precision
 from engine.profiles import TINY, model_profiles
 from errors import ModelError
+from lora_loading.adapter import LoraAdapter
+from lora_loading.layers import LayerUpdate
+from lora_loading.shapes import T5
+from lora_loading.updates import Full
 from request import GenerationRequest, Mode
 from settings import Settings
 from tests.conftest import QUICK, request_of
@@ -29,7 +34,7 @@ def picture_of(engine: Engine, **inputs: Any) -> Image.Image:
 
 def bare_call(engine: Engine, request: GenerationRequest, **extra: Any) -> Image.Image:
     """What diffusers' own pipeline gives for the request, called as its documentation says."""
-    model = engine.models[request.model]
+    model = engine.exact.models[request.model]
     pipeline = model.pipelines[request.mode]
     picture: Image.Image = pipeline(
         request.prompt,
@@ -57,12 +62,12 @@ def test_image_to_image_equals_the_bare_pipeline(engine: Engine, save: Save, sce
 
 
 def test_the_modes_share_their_weights_and_nothing_that_changes(engine: Engine) -> None:
-    for model in engine.models.values():
+    for model in engine.exact.models.values():
         pipelines = list(model.pipelines.values())
         assert len({id(pipeline.transformer) for pipeline in pipelines}) == 1
         assert len({id(pipeline.scheduler) for pipeline in pipelines}) == 3
-    assert len({id(model.pipelines[Mode.TXT2IMG].vae) for model in engine.models.values()}) == 1
-    assert len({id(model.pipelines[Mode.TXT2IMG].text_encoder_2) for model in engine.models.values()}) == 1
+    assert len({id(model.pipelines[Mode.TXT2IMG].vae) for model in engine.exact.models.values()}) == 1
+    assert len({id(model.pipelines[Mode.TXT2IMG].text_encoder_2) for model in engine.exact.models.values()}) == 1
 
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
@@ -101,7 +106,7 @@ def test_guidance_has_an_effect_on_dev_and_none_on_schnell(engine: Engine) -> No
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_as_many_steps_are_taken_as_asked(engine: Engine, model: str, steps: int) -> None:
     request = request_of(**{**QUICK, "num_inference_steps": steps, "width": 256, "height": 256}, model=model)
-    pipeline = engine.models[model].pipelines[Mode.TXT2IMG]
+    pipeline = engine.exact.models[model].pipelines[Mode.TXT2IMG]
     next(engine.generate(request))
     assert pipeline.num_timesteps == steps
 
@@ -195,6 +200,31 @@ def test_a_prompt_that_is_cut_is_said_in_the_log(engine: Engine, caplog: pytest.
     assert "secret" not in caplog.text
 
 
+def test_a_prompt_is_encoded_once_and_again_when_an_adapter_changes_the_encoder(
+    engine: Engine,
+) -> None:
+    """Counted at the text encoder itself; the picture from a kept prompt is the same to the byte."""
+    encoder, calls = engine.exact.models["dev"].pipelines[Mode.TXT2IMG].text_encoder_2, []
+    hook = encoder.register_forward_hook(lambda *_: calls.append(1))
+    adapters = engine.exact.adapters["dev"]
+    layer = next(name for name in adapters.shapes.by_component[T5] if name.endswith("SelfAttention.q"))
+    change = LayerUpdate(T5, layer, "weight", Full(torch.full((128, 128), 0.01)))
+    adapter = LoraAdapter("t5", "test", (change,))
+    try:
+        asked = request_of(**QUICK, prompt="a prompt that no other test has", num_outputs=2)
+        first = [p.tobytes() for p in engine.generate(asked)]
+        assert len(calls) == 1
+        assert [p.tobytes() for p in engine.generate(asked)] == first
+        assert len(calls) == 1
+        changed = [p.tobytes() for p in engine.generate(asked, [(adapter, 1.0)])]
+        assert len(calls) == 2
+        assert changed != first
+        assert [p.tobytes() for p in engine.generate(asked)] == first
+        assert len(calls) == 2
+    finally:
+        hook.remove()
+
+
 @pytest.mark.usefixtures("broken_vae")
 def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(engine: Engine) -> None:
     with pytest.raises(ModelError, match="not finite"):
@@ -211,6 +241,6 @@ def test_the_full_profile_loads_from_local_folders() -> None:
     """The same loading code, pointed at the tiny checkpoints as if they were the big ones."""
     settings = Settings(profile="full", dev=str(TINY / "tiny-dev"), schnell=str(TINY / "tiny-schnell"))
     profiles = model_profiles("full", settings)
-    engine = Engine(load_models(profiles, torch.device("cpu")), torch.device("cpu"))
+    engine = Engine(exact_precision(load_models(profiles, torch.device("cpu"))), None, torch.device("cpu"))
     assert picture_of(engine, model="schnell", num_inference_steps=1).size == (256, 256)
     assert {p.name for p in profiles} == {"dev", "schnell"}

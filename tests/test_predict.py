@@ -42,10 +42,19 @@ def test_outputs_have_unique_names_and_the_ones_before_are_removed(predictor: Pr
 def test_a_failed_prediction_leaves_the_next_one_unharmed(predictor: Predictor) -> None:
     golden = predict(predictor)[0].read_bytes()
     with pytest.raises(InputError):
-        predict(predictor, go_fast=True, aspect_ratio="1:1")
+        predict(predictor, aspect_ratio="custom", width=None)
     with pytest.raises(LoraError):
         predict(predictor, extra_lora="not a lora")
     assert predict(predictor)[0].read_bytes() == golden
+
+
+def test_go_fast_is_deterministic_and_leaves_the_exact_model_alone(predictor: Predictor) -> None:
+    given = {"aspect_ratio": "1:1", "megapixels": "0.25"}
+    exact = predict(predictor, **given)[0].read_bytes()
+    fast = predict(predictor, **given, go_fast=True)[0].read_bytes()
+    assert fast != exact
+    assert predict(predictor, **given, go_fast=True, num_outputs=2)[0].read_bytes() == fast
+    assert predict(predictor, **given)[0].read_bytes() == exact
 
 
 @pytest.mark.usefixtures("broken_vae")

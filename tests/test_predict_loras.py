@@ -42,7 +42,7 @@ def predict(predictor: Predictor, **given: Any) -> bytes:
 def weights_digest(predictor: Predictor) -> str:
     """A digest of every weight of both models and the text encoders."""
     digest = hashlib.sha256()
-    for model in predictor.engine.models.values():
+    for model in predictor.engine.exact.models.values():
         for component in next(iter(model.pipelines.values())).components.values():
             if isinstance(component, torch.nn.Module):
                 for name, weight in sorted(component.state_dict().items()):

@@ -169,11 +169,22 @@ def test_a_lora_of_no_known_form_is_refused_before_any_work(name: str) -> None:
         request_of(**{name: "not a lora"})
 
 
-def test_go_fast_is_a_clear_error_until_it_works() -> None:
-    with pytest.raises(InputError, match="Set go_fast to false"):
-        request_of(go_fast=True)
+@pytest.mark.parametrize("kind", ["text", "image", "mask"])
+def test_go_fast_is_for_every_mode(kind: str, save: Callable[..., Path]) -> None:
+    picture, mask = save(Image.new("RGB", (256, 256))), save(Image.new("L", (256, 256)), "mask.png")
+    inputs = {"text": {}, "image": {"image": picture}, "mask": {"image": picture, "mask": mask}}[kind]
+    assert request_of(**inputs, go_fast=True).go_fast
+    assert not request_of(**inputs).go_fast
 
 
 def test_go_fast_with_a_custom_size_runs_exact_and_says_so() -> None:
     request = request_of(go_fast=True, aspect_ratio="custom", width=256, height=256)
+    assert not request.go_fast
     assert any("custom size runs in the original precision" in note for note in request.notes)
+
+
+def test_go_fast_with_an_image_ignores_the_custom_size(save: Callable[..., Path]) -> None:
+    """The picture decides the size then, and no size of its own was asked for."""
+    request = request_of(go_fast=True, image=save(Image.new("RGB", (256, 256))), aspect_ratio="custom")
+    assert request.go_fast
+    assert request.notes == ()

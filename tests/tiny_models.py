@@ -23,13 +23,20 @@ def tiny_pipelines() -> dict[str, Any]:
 
 
 def narrow_transformer(
-    blocks: int = 1, singles: int = 1, heads: int = 2, head: int = 16, seed: int = 0, text: int = 24, pooled: int = 20
+    blocks: int = 1,
+    singles: int = 1,
+    heads: int = 2,
+    head: int = 16,
+    seed: int = 0,
+    text: int = 24,
+    pooled: int = 20,
+    guidance: bool = True,
 ) -> FluxTransformer2DModel:
     """A random transformer, float32, frozen."""
     torch.manual_seed(seed)
     model = FluxTransformer2DModel(
         num_layers=blocks, num_single_layers=singles, attention_head_dim=head, num_attention_heads=heads,
-        in_channels=16, joint_attention_dim=text, pooled_projection_dim=pooled, guidance_embeds=True,
+        in_channels=16, joint_attention_dim=text, pooled_projection_dim=pooled, guidance_embeds=guidance,
         axes_dims_rope=(head // 4, head // 4, head // 2),
     )  # fmt: skip
     return model.eval().requires_grad_(False)
@@ -48,7 +55,7 @@ def inputs_of(model: FluxTransformer2DModel, tokens: int = 16, text: int = 4, se
         "encoder_hidden_states": random(1, text, config.joint_attention_dim),
         "pooled_projections": random(1, config.pooled_projection_dim),
         "timestep": torch.tensor([0.5], dtype=dtype),
-        "guidance": torch.tensor([3.0]),
+        "guidance": torch.tensor([3.0]) if config.guidance_embeds else None,
         "img_ids": torch.zeros(tokens, 3),
         "txt_ids": torch.zeros(text, 3),
         "return_dict": False,

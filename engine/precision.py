@@ -1,0 +1,278 @@
+"""The two precisions: exact, and fast, which is one fp8 working copy of the transformers.
+
+Exact is the pristine weights with adapters beside them. Fast is a copy that is rewritten in place from them.
+The pristine weights are never written. The working copy is quantise(W + sum of strength * delta), so a LoRA costs
+nothing a step, any kind of change can be served, and the way back is exact: the pristine weights, quantised again.
+All models share the blocks of one copy, since FLUX.1 [dev] and [schnell] differ in their embedders alone; another model
+or another stack is a rewrite, of the touched layers where the model stays the same. The tensors stay where they are, so
+compiled graphs stay valid. Merging into weights that are fp8 already would swallow most of a small change.
+
+What fp8 takes in: the linear layers of the blocks. Embedders, the last projection, biases and norms keep their type.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8Tensor,
+    Float8WeightOnlyConfig,
+    PerRow,
+    quantize_,
+)
+
+from engine.loading import Model, pipelines_over
+from lora_loading.apply import AdapterManager, LayerChanges, Stack, StackKey, adapter_managers, changes_by_layer
+from lora_loading.shapes import TRANSFORMER, adaptable_layers
+from lora_loading.updates import merged
+from lora_loading.words import PromptWords
+from request import Mode
+
+logger = logging.getLogger(__name__)
+
+BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+FP8_MULTIPLE = 16
+"""Both sides of a matrix must be multiples of this for the fp8 kernels."""
+FP8_COMPUTE = (8, 9)
+"""The CUDA compute capability from which on matrices are multiplied in fp8."""
+NO_CHANGES = LayerChanges()
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to hold weights in fp8, with a scale a row, and to multiply with them."""
+
+    name: str
+    config: Float8DynamicActivationFloat8WeightConfig | Float8WeightOnlyConfig
+
+    def quantise(self, weight: Tensor) -> Float8Tensor:
+        """(out, in) -> the same in fp8, in a new tensor of a type that multiplies by this scheme."""
+        holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        holder.weight = nn.Parameter(weight, requires_grad=False)
+        quantize_(holder, self.config)
+        return holder.weight
+
+
+def write_fp8(target: Float8Tensor, weight: Tensor) -> None:
+    """Write the numbers of a weight, (out, in), into a tensor in fp8; worked out in float32.
+
+    Rounding the sum of a weight and a small change to bf16 on the way would lose a part of the change: one of 0.3% of
+    the weight keeps 0.92 of itself, and 1.00 without.
+    """
+    numbers = Float8Tensor.from_hp(weight.float(), granularity=PerRow())
+    target.qdata.copy_(numbers.qdata)
+    target.scale.copy_(numbers.scale)
+
+
+DYNAMIC = Scheme(
+    "fp8 weights and activations, a scale a row",
+    Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False),
+)
+WEIGHT_ONLY = Scheme(
+    "fp8 weights alone, a scale a row: less memory, no faster arithmetic",
+    Float8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False),
+)
+
+
+def choose_scheme(device: torch.device) -> Scheme | None:
+    """The best scheme that works on the device, tried out on a small layer; None where none does."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_COMPUTE
+    for scheme in (DYNAMIC, WEIGHT_ONLY) if able else (WEIGHT_ONLY,):
+        try:
+            _try_out(scheme, device)
+        except Exception as error:
+            logger.warning("%s: does not work on %s: %s", scheme.name, device, error)
+        else:
+            return scheme
+    return None
+
+
+def _try_out(scheme: Scheme, device: torch.device) -> None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    weight, states = (torch.randn(rows, 128, generator=generator).to(device, dtype) for rows in (64, 48))
+    quantised = scheme.quantise(weight)
+    for given in (states, states[:1]):
+        exact, found = given @ weight.T, nn.functional.linear(given, quantised)
+        if not (exact - found).norm() < 0.1 * exact.norm():
+            raise ArithmeticError("a product is more than 10% off")
+
+
+@dataclass
+class _Layer:
+    """A layer of the working copy and the pristine one that it is written from."""
+
+    layer: Any
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    fp8: bool
+
+
+@dataclass
+class _State:
+    """What the working copy carries, and which layers of the model differ from the pristine ones."""
+
+    model: str
+    stack: StackKey
+    touched: frozenset[str] = field(default_factory=frozenset)
+
+
+class WorkingCopy:
+    """The fp8 blocks that all models share, and for each model a transformer around them."""
+
+    def __init__(self, pristine: Mapping[str, FluxTransformer2DModel], scheme: Scheme, device: torch.device) -> None:
+        """Make the copy, which carries the first model without adapters.
+
+        Args:
+            pristine: the transformers by the models' names, without adapters; on any device.
+            scheme: how to hold the blocks' weights.
+            device: where the copy lives.
+
+        Raises:
+            ValueError: the models' blocks differ in their layers.
+        """
+        self._scheme = scheme
+        self._device = device
+        first = next(iter(pristine))
+        self.transformers: dict[str, FluxTransformer2DModel] = {}
+        """For each model one that runs in fp8; its numbers are right while the copy carries the model."""
+        self._layers: dict[str, dict[str, _Layer]] = {}
+        blocks: dict[str, nn.Module] = {}
+        for name, transformer in pristine.items():
+            shell = copy.copy(transformer)
+            shell.__dict__["_modules"] = {
+                part: blocks[part] if part in blocks else self._copied(module, fp8=part in BLOCKS)
+                for part, module in transformer.named_children()
+            }
+            blocks = {part: shell.get_submodule(part) for part in BLOCKS}
+            self.transformers[name] = shell
+            self._layers[name] = _pairs(shell, transformer)
+        self._state: _State | None = None
+        self.write(first, (), ())
+
+    def _copied(self, module: nn.Module, *, fp8: bool) -> nn.Module:
+        """A copy of a module on the device, its large linear layers in fp8 where wanted."""
+        matrices = {id(m.weight) for m in module.modules() if fp8 and _fits_fp8(m)}
+        memo = {id(p): nn.Parameter(self._copy_of(p, id(p) in matrices), False) for p in module.parameters()}
+        return copy.deepcopy(module, memo)
+
+    def _copy_of(self, parameter: nn.Parameter, fp8: bool) -> Tensor:
+        here = parameter.detach().to(self._device)
+        return self._scheme.quantise(here) if fp8 else here.clone()
+
+    def carried(self, model: str) -> StackKey | None:
+        """What the copy carries if it is this model's; None where it is another's, or unknown."""
+        return self._state.stack if self._state is not None and self._state.model == model else None
+
+    @torch.no_grad()
+    def write(self, model: str, stack: Stack, key: StackKey) -> None:
+        """Make the copy this model with exactly these adapters; `key` names the stack."""
+        if self.carried(model) == key:
+            return
+        layers = self._layers[model]
+        changes = changes_by_layer(stack, TRANSFORMER)
+        before = self._state
+        names = before.touched | changes.keys() if before and before.model == model else layers.keys()
+        self._state = None
+        for name in names:
+            self._write_layer(layers, name, changes.get(name, NO_CHANGES))
+        self._state = _State(model, key, frozenset(changes))
+
+    def _write_layer(self, layers: Mapping[str, _Layer], name: str, changes: LayerChanges) -> None:
+        pair = layers[name]
+
+        def weight_of(other: str) -> Tensor:
+            return layers[other].weight.to(self._device)
+
+        weight = pair.weight.to(self._device, non_blocking=True)
+        if changes.merging:
+            weight = merged(weight, changes.merging, weight_of)
+        if pair.fp8:
+            write_fp8(pair.layer.weight, weight)
+        else:
+            pair.layer.weight.copy_(weight)
+        if pair.bias is not None:
+            bias = pair.bias.to(self._device, non_blocking=True)
+            pair.layer.bias.copy_(merged(bias, changes.bias, weight_of) if changes.bias else bias)
+
+
+def _fits_fp8(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and not any(side % FP8_MULTIPLE for side in layer.weight.shape)
+
+
+def _pairs(shell: nn.Module, pristine: nn.Module) -> dict[str, _Layer]:
+    ours, theirs = adaptable_layers(shell), adaptable_layers(pristine)
+    if [(n, layer.weight.shape) for n, layer in ours.items()] != [
+        (n, layer.weight.shape) for n, layer in theirs.items()
+    ]:
+        raise ValueError("the models' blocks differ: they cannot share one working copy")
+    return {
+        name: _Layer(
+            ours[name],
+            layer.weight,
+            getattr(layer, "bias", None),
+            name.startswith(BLOCKS) and _fits_fp8(layer),
+        )
+        for name, layer in theirs.items()
+    }
+
+
+class WorkingCopyAdapters:
+    """One model's view of the working copy, as an `AdapterManager` wants its components."""
+
+    def __init__(self, model: str, working_copy: WorkingCopy) -> None:
+        self.name = TRANSFORMER
+        self.module: nn.Module = working_copy.transformers[model]
+        self.words: PromptWords | None = None
+        self._model = model
+        self._copy = working_copy
+
+    @property
+    def carried(self) -> StackKey | None:
+        """What the model carries, None while that is unknown or the copy is another model's."""
+        return self._copy.carried(self._model)
+
+    def apply(self, stack: Stack) -> None:
+        """Make the copy this model with exactly this stack, each adapter once; nothing is done where it is already."""
+        own = [(adapter, strength) for adapter, strength in stack if strength and self.name in adapter.components]
+        self._copy.write(self._model, own, tuple((adapter.digest, strength) for adapter, strength in own))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One of the engine's two settings: the same models and pipelines, other numbers inside."""
+
+    models: Mapping[str, Model]
+    adapters: Mapping[str, AdapterManager]
+    """What each model carries; a model's pipelines share its modules."""
+    lora_gain: float
+    """What the strengths of LoRAs are multiplied by."""
+
+
+def exact_precision(models: Mapping[str, Model], reserved_rank: int = 0) -> Precision:
+    """The models as they were loaded; `reserved_rank` as `adapter_managers` wants it."""
+    return Precision(
+        models, adapter_managers({n: m.pipelines[Mode.TXT2IMG] for n, m in models.items()}, reserved_rank), 1
+    )
+
+
+def fast_precision(exact: Precision, scheme: Scheme, device: torch.device, lora_gain: float) -> Precision:
+    """The same models over one fp8 working copy; text encoders and VAE are shared with `exact`."""
+    pristine = {name: model.pipelines[Mode.TXT2IMG].transformer for name, model in exact.models.items()}
+    working_copy = WorkingCopy(pristine, scheme, device)
+    models, adapters = {}, {}
+    for name, model in exact.models.items():
+        text = [part for part in exact.adapters[name].components.values() if part.name != TRANSFORMER]
+        models[name] = Model(
+            model.profile, pipelines_over(working_copy.transformers[name], model.pipelines[Mode.TXT2IMG].components)
+        )
+        adapters[name] = AdapterManager([WorkingCopyAdapters(name, working_copy), *text])
+    return Precision(models, adapters, lora_gain)
