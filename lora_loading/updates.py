@@ -39,7 +39,10 @@ def merged(weight: Tensor, updates: Iterable[tuple[Update, float]], weight_of: W
     """Return weight + sum of strength * delta, in float32 (float64 for a float64 weight); `weight` is not written."""
     total = weight.to(_work_dtype(weight), copy=True)
     for update, strength in updates:
-        total += update.delta(weight, weight_of) * strength
+        if isinstance(update, LowRank):
+            total.addmm_(_like(update.b, weight), _like(update.a, weight), alpha=update.scale * strength)
+        else:
+            total += update.delta(weight, weight_of) * strength
     return total
 
 
@@ -210,7 +213,7 @@ def _work_dtype(weight: Tensor) -> torch.dtype:
 
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:
     """The tensor on the weight's device, in the type to work in."""
-    return tensor.to(weight.device).to(_work_dtype(weight))
+    return tensor.to(weight.device, non_blocking=True).to(_work_dtype(weight))
 
 
 def _product(factors: tuple[Tensor, ...], weight: Tensor) -> Tensor:

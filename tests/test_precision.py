@@ -215,6 +215,16 @@ def test_models_of_other_blocks_share_no_copy() -> None:
         WorkingCopy({"dev": narrow_transformer(singles=1), "schnell": narrow_transformer(singles=2)}, WEIGHT_ONLY, CPU)
 
 
+def test_a_row_of_zeros_stays_one() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    target = WEIGHT_ONLY.quantise(torch.ones(32, 64))
+    write_fp8(target, weight)
+    found = target.dequantize()
+    assert not found[3].any()
+    assert (found - weight).norm() < 0.05 * weight.norm()
+
+
 @pytest.mark.parametrize("size", [0.003, 0.01, 0.03, 0.1])
 def test_a_small_change_is_kept(size: float) -> None:
     """The share of the wanted change that is found in the fp8 weights; merging into fp8 weights swallows it."""
