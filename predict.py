@@ -43,10 +43,8 @@ class Predictor(BasePredictor):
         settings = Settings.from_env(os.environ)
         import torch  # not above: its import takes seconds and writes lines that configure_logging quiets
 
-        from engine.engine import Engine
-        from engine.loading import load_models
-        from engine.precision import choose_scheme, exact_precision, fast_precision
         from engine.profiles import choose_profile, model_profiles
+        from engine.start import start_engine
         from lora_loading.cache import AdapterCache
         from lora_loading.store import open_store
         from safety.load import choose_checker, load_checker
@@ -61,11 +59,7 @@ class Predictor(BasePredictor):
         self.loras = open_store(settings)
         self.plain_http_hosts = settings.trusted_hosts
         self.adapters = AdapterCache(ADAPTER_CACHE_BYTES)
-        exact = exact_precision(load_models(model_profiles(profile, settings), device))
-        scheme = choose_scheme(device)
-        logger.info("go_fast: %s", scheme.name if scheme else "not on this device, where it runs exact")
-        fast = fast_precision(exact, scheme, device, settings.go_fast_lora_gain) if scheme else None
-        self.engine = Engine(exact, fast, device)
+        self.engine = start_engine(model_profiles(profile, settings), settings, device)
         self.outputs = OutputFolder()
         logger.info("ready in %.1f s", time.monotonic() - started)
 

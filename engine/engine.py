@@ -9,22 +9,28 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.loading import Model
+from engine.memory import within_memory
+from engine.placement import visiting
 from engine.precision import Precision
+from engine.residency import EXACT, ROWS, Home, Row
 from errors import ModelError
 from images import composite
 from lora_loading.apply import AdapterManager, Stack
 from lora_loading.shapes import CLIP, T5
-from request import GenerationRequest
+from request import GenerationRequest, Mode
 
 logger = logging.getLogger(__name__)
 
+EVERYTHING_ON_THE_DEVICE = ROWS[0]
 PROMPTS_KEPT = 32
 """Encoded prompts in the device's memory: 4 MB each for FLUX.1 [dev]."""
 
@@ -32,17 +38,21 @@ PROMPTS_KEPT = 32
 class Engine:
     """The loaded models in their precisions, and the one way to use them."""
 
-    def __init__(self, exact: Precision, fast: Precision | None, device: torch.device) -> None:
+    def __init__(
+        self, exact: Precision, fast: Precision | None, device: torch.device, layout: Row = EVERYTHING_ON_THE_DEVICE
+    ) -> None:
         """Take the models over.
 
         Args:
             exact: the models in their original precision.
             fast: the same in fp8; None where the device can't, and then `go_fast` runs exact and the log says so.
             device: where they run.
+            layout: where the parts are, and which precisions are served; another one is replaced by one that is.
         """
         self.exact = exact
         self.fast = fast
         self._device = device
+        self._layout = layout
         self._prompts: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
     def generate(self, request: GenerationRequest, stack: Stack = ()) -> Iterator[Image.Image]:
@@ -54,36 +64,52 @@ class Engine:
                 strengths as the request has them.
 
         Raises:
-            ModelError: the model's numbers are not finite.
+            ModelError: the model's numbers are not finite, or the device's memory does not suffice.
         """
         if request.image is not None and denoising_steps(request) == 0:
             yield from (request.image.copy() for _ in range(request.num_outputs))
             return
         precision = self._precision(request)
-        adapters = precision.adapters[request.model]
-        adapters.apply([(adapter, strength * precision.lora_gain) for adapter, strength in stack])
         model = precision.models[request.model]
         pipeline = model.pipelines[request.mode]
-        prompt_embeds, pooled = self._encoded(pipeline, model, adapters, request.prompt)
-        for index in range(request.num_outputs):
-            picture = self._denoise(pipeline, model, request, index, prompt_embeds, pooled)
-            if request.image is not None and request.mask is not None:
-                picture = composite(request.image, picture, request.mask)
-            yield picture
+        gain = precision.lora_gain if request.go_fast else 1.0
+        stack = [(adapter, strength * gain) for adapter, strength in stack]
+        prompt_embeds, pooled = within_memory(lambda: self._prepared(precision, model, stack, request), request.size)
+        with self._at_hand(precision, pipeline.transformer):
+            for index in range(request.num_outputs):
+                make = partial(self._denoise, pipeline, model, request, index, prompt_embeds, pooled)
+                picture = within_memory(make, request.size)
+                if request.image is not None and request.mask is not None:
+                    picture = composite(request.image, picture, request.mask)
+                yield picture
 
     def _precision(self, request: GenerationRequest) -> Precision:
-        if not request.go_fast:
-            return self.exact
-        if self.fast is None:
+        if request.go_fast and self.fast is None:
             logger.warning("go_fast: this device has no use of fp8, so the original precision is used")
-            return self.exact
-        return self.fast
+        if not request.go_fast and self.fast is not None and EXACT not in self._layout.precisions:
+            logger.warning("the original precision does not fit this device, so fp8 is used")
+            return self.fast
+        return self.fast if request.go_fast and self.fast is not None else self.exact
+
+    def _prepared(
+        self, precision: Precision, model: Model, stack: Stack, request: GenerationRequest
+    ) -> tuple[Tensor, Tensor]:
+        """Have the models carry the stack; the encoded prompt."""
+        if precision is self.exact and self.fast is not None and self._layout.working_copy is Home.TURNS:
+            self.fast.release()
+        adapters = precision.adapters[request.model]
+        adapters.apply(stack)
+        return self._encoded(model, adapters, request.prompt)
+
+    def _at_hand(self, precision: Precision, transformer: nn.Module) -> AbstractContextManager[None]:
+        """Have the transformer on the device; fp8 ones always are."""
+        away = precision is self.exact and self._layout.pristine is Home.TURNS
+        return visiting([transformer] if away else [], self._device)
 
     @torch.inference_mode()
-    def _encoded(
-        self, pipeline: DiffusionPipeline, model: Model, adapters: AdapterManager, prompt: str
-    ) -> tuple[Tensor, Tensor]:
+    def _encoded(self, model: Model, adapters: AdapterManager, prompt: str) -> tuple[Tensor, Tensor]:
         """The prompt's T5 states (1, tokens, width) and pooled CLIP vector (1, width), kept for the next request."""
+        pipeline = model.pipelines[Mode.TXT2IMG]
         limit = model.profile.max_prompt_tokens
         for_clip, for_t5 = adapters.prompt(CLIP, prompt), adapters.prompt(T5, prompt)
         tokens = len(pipeline.tokenizer_2(for_t5, truncation=False, verbose=False).input_ids)
@@ -93,9 +119,10 @@ class Engine:
             )
         key = (prompt, limit, adapters.carried(CLIP), adapters.carried(T5))
         if key not in self._prompts:
-            prompt_embeds, pooled, _ = pipeline.encode_prompt(
-                prompt=for_clip, prompt_2=for_t5, device=self._device, max_sequence_length=limit
-            )
+            with visiting([pipeline.text_encoder, pipeline.text_encoder_2], self._device):
+                prompt_embeds, pooled, _ = pipeline.encode_prompt(
+                    prompt=for_clip, prompt_2=for_t5, device=self._device, max_sequence_length=limit
+                )
             self._prompts[key] = prompt_embeds, pooled
             if len(self._prompts) > PROMPTS_KEPT:
                 self._prompts.popitem(last=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +177,15 @@ class WorkingCopy:
         """What the copy carries if it is this model's; None where it is another's, or unknown."""
         return self._state.stack if self._state is not None and self._state.model == model else None
 
+    def release(self) -> None:
+        """Give the fp8 weights' memory back; the next `write` takes it again and writes everything."""
+        self._state = None
+        for weight in self._fp8_weights():
+            weight.qdata.untyped_storage().resize_(0)
+
+    def _fp8_weights(self) -> Iterator[Float8Tensor]:
+        return (pair.layer.weight for pair in next(iter(self._layers.values())).values() if pair.fp8)
+
     @torch.no_grad()
     def write(self, model: str, stack: Stack, key: StackKey) -> None:
         """Make the copy this model with exactly these adapters; `key` names the stack."""
@@ -185,6 +194,9 @@ class WorkingCopy:
         layers = self._layers[model]
         changes = changes_by_layer(stack, TRANSFORMER)
         before = self._state
+        if before is None:  # released, perhaps
+            for weight in self._fp8_weights():
+                weight.qdata.untyped_storage().resize_(weight.qdata.numel())
         names = before.touched | changes.keys() if before and before.model == model else layers.keys()
         self._state = None
         for name in names:
@@ -258,8 +270,10 @@ class Precision:
     models: Mapping[str, Model]
     adapters: Mapping[str, AdapterManager]
     """What each model carries; a model's pipelines share its modules."""
-    lora_gain: float
+    lora_gain: float = 1.0
     """What the strengths of LoRAs are multiplied by."""
+    release: Callable[[], None] = lambda: None
+    """Give the device's memory back that the next `apply` can fill again."""
 
 
 def exact_precision(models: Mapping[str, Model], reserved_rank: int = 0) -> Precision:
@@ -280,4 +294,4 @@ def fast_precision(exact: Precision, scheme: Scheme, device: torch.device, lora_
             model.profile, pipelines_over(working_copy.transformers[name], model.pipelines[Mode.TXT2IMG].components)
         )
         adapters[name] = AdapterManager([WorkingCopyAdapters(name, working_copy), *text])
-    return Precision(models, adapters, lora_gain)
+    return Precision(models, adapters, lora_gain, working_copy.release)

@@ -29,6 +29,7 @@ from engine.precision import (
     choose_scheme,
     write_fp8,
 )
+from engine.residency import ROWS
 from lora_loading.adapter import LoraAdapter, read_adapter
 from lora_loading.apply import ComponentAdapters, Stack, changes_by_layer
 from lora_loading.layers import LayerUpdate
@@ -225,6 +226,19 @@ def test_a_row_of_zeros_stays_one() -> None:
     assert (found - weight).norm() < 0.05 * weight.norm()
 
 
+def test_a_released_copy_takes_no_memory_and_comes_back_whole() -> None:
+    working_copy = WorkingCopy(two_models(), WEIGHT_ONLY, CPU)
+    view = views_of(working_copy)["dev"]
+    plain = contents(view.module)
+    weights = fp8_weights(view.module).values()
+    working_copy.release()
+    working_copy.release()
+    assert view.carried is None
+    assert sum(weight.qdata.untyped_storage().nbytes() for weight in weights) == 0
+    view.apply([])
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in contents(view.module).items())
+
+
 @pytest.mark.parametrize("size", [0.003, 0.01, 0.03, 0.1])
 def test_a_small_change_is_kept(size: float) -> None:
     """The share of the wanted change that is found in the fp8 weights; merging into fp8 weights swallows it."""
@@ -322,3 +336,23 @@ def test_where_fp8_does_not_work_the_exact_model_serves_and_the_log_says_so(
         shown = picture(without, go_fast=True)
     assert "the original precision is used" in caplog.text
     assert shown.tobytes() == picture(engine).tobytes()
+
+
+def test_a_card_for_one_transformer_at_a_time_gives_the_same_pictures(engine: Engine) -> None:
+    """The fp8 copy gives way to an exact request and comes back; the pristine weights visit the device."""
+    wanted = [picture(engine), picture(engine, go_fast=True)]
+    crowded = Engine(engine.exact, engine.fast, CPU, ROWS[1])
+    for go_fast in (True, False, False, True):
+        assert picture(crowded, go_fast=go_fast).tobytes() == wanted[go_fast].tobytes()
+
+
+def test_a_card_for_fp8_alone_serves_exact_requests_in_fp8_and_says_so(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the strengths as they were asked for: the gain is go_fast's."""
+    style = read_adapter(LORAS / "tok-style.safetensors", engine.exact.adapters["schnell"].shapes)
+    small = Engine(engine.exact, engine.fast, CPU, ROWS[2])
+    with caplog.at_level(logging.WARNING):
+        assert picture(small).tobytes() == picture(engine, go_fast=True).tobytes()
+    assert "fp8 is used" in caplog.text
+    assert picture(small, [(style, 0.9)]).tobytes() == picture(engine, [(style, 0.6)], go_fast=True).tobytes()

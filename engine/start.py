@@ -1,0 +1,130 @@
+"""Start the engine of a profile: plan what lives where, load, make the fp8 copy, compile, warm up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, wanted
+from engine.engine import Engine
+from engine.loading import Model, load_models
+from engine.placement import pin
+from engine.precision import (
+    RESERVED_RANK,
+    Precision,
+    Scheme,
+    choose_scheme,
+    exact_precision,
+    fast_precision,
+)
+from engine.profiles import ModelProfile
+from engine.residency import EXACT, Home, Row, plan_residency, profile_sizes
+from lora_loading.adapter import LoraAdapter
+from lora_loading.apply import Stack
+from lora_loading.layers import LayerUpdate
+from lora_loading.shapes import TRANSFORMER
+from lora_loading.updates import LowRank
+from request import GenerationRequest, Mode
+from settings import Settings
+
+logger = logging.getLogger(__name__)
+
+HOST = torch.device("cpu")
+GRAPHS = "graphs"
+"""The folder of compiled graphs in the cache folder."""
+
+
+def start_engine(profiles: tuple[ModelProfile, ...], settings: Settings, device: torch.device) -> Engine:
+    """The engine of these models, ready for its first request.
+
+    What is on the device already, such as the safety checker, counts as taken.
+
+    Args:
+        profiles: their sources are local folders.
+        settings: the operator's.
+        device: where the models run.
+
+    Raises:
+        SettingsError: the models do not fit the device.
+    """
+    scheme = choose_scheme(device)
+    logger.info("go_fast: %s", scheme.name if scheme else "fp8 does not work on this device, so it runs exact")
+    layout = _layout(profiles, scheme, device)
+    compiling = wanted(settings.compile, device)
+    exact = exact_precision(_loaded(profiles, layout, device), RESERVED_RANK if compiling else 0)
+    fast = fast_precision(exact, scheme, device, settings.go_fast_lora_gain) if scheme else None
+    engine = Engine(exact, fast, device, layout)
+    if compiling:
+        _compile(engine, layout, settings.cache_dir.expanduser() / GRAPHS, device)
+    return engine
+
+
+def _layout(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: torch.device) -> Row:
+    cuda = device.type == "cuda"
+    taken = torch.cuda.memory_allocated(device) if cuda else 0
+    sizes = profile_sizes(profiles, fp8=scheme is not None, checker_bytes=taken)
+    plan = plan_residency(sizes, torch.cuda.mem_get_info(device)[1] if cuda else None)
+    if cuda:
+        logger.info("memory: %s", plan)
+    return plan.row
+
+
+def _loaded(profiles: tuple[ModelProfile, ...], layout: Row, device: torch.device) -> dict[str, Model]:
+    transformers_at = device if layout.pristine is Home.DEVICE else HOST
+    text_encoders_at = device if layout.text_encoders is Home.DEVICE else HOST
+    models = load_models(profiles, device, transformers_at, text_encoders_at)
+    for model in models.values() if device.type == "cuda" else ():
+        pipeline = model.pipelines[Mode.TXT2IMG]
+        for module in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+            if module.device == HOST:
+                pin(module)
+    return models
+
+
+def _compile(engine: Engine, layout: Row, folder: Path, device: torch.device) -> None:
+    """Compile the blocks of all precisions by making a picture with each kind of graph, or take them from the cache."""
+    started = time.monotonic()
+    cache = CompileCache(folder, device)
+    cache.load()
+    for precision in filter(None, (engine.exact, engine.fast)):
+        for model in precision.models.values():
+            compile_blocks(model.pipelines[Mode.TXT2IMG].transformer)
+    name = next(iter(engine.exact.models))
+    runs: list[tuple[bool, Stack]] = []
+    if EXACT in layout.precisions:
+        runs += [(False, ()), (False, [(_nothing(engine.exact, name), 1.0)])]
+    if engine.fast is not None:
+        runs.append((True, ()))
+    for go_fast, stack in runs:
+        list(engine.generate(_warm_up_request(name, go_fast), stack))
+    cache.save()
+    logger.info("compiled and warmed up in %.1f s", time.monotonic() - started)
+
+
+def _warm_up_request(model: str, go_fast: bool) -> GenerationRequest:
+    return GenerationRequest(
+        prompt="",
+        mode=Mode.TXT2IMG,
+        size=WARM_UP_SIZE,
+        model=model,
+        num_outputs=1,
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        strength=1.0,
+        seed=0,
+        output_format="png",
+        output_quality=80,
+        go_fast=go_fast,
+    )
+
+
+def _nothing(precision: Precision, model: str) -> LoraAdapter:
+    """An adapter that changes nothing, and yet has the layers take those that have room for factors."""
+    layers = precision.adapters[model].shapes.by_component[TRANSFORMER].values()
+    layer = next(layer for layer in layers if len(layer.weight) == 2)
+    rows, columns = layer.weight
+    factors = LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)
+    return LoraAdapter("warm-up", "none", (LayerUpdate(TRANSFORMER, layer.name, "weight", factors),))
