@@ -43,6 +43,7 @@ class Predictor(BasePredictor):
         settings = Settings.from_env(os.environ)
         import torch  # not above: its import takes seconds and writes lines that configure_logging quiets
 
+        from engine.hub import local_models
         from engine.profiles import choose_profile, model_profiles
         from engine.start import start_engine
         from lora_loading.cache import AdapterCache
@@ -59,7 +60,9 @@ class Predictor(BasePredictor):
         self.loras = open_store(settings)
         self.plain_http_hosts = settings.trusted_hosts
         self.adapters = AdapterCache(ADAPTER_CACHE_BYTES)
-        self.engine = start_engine(model_profiles(profile, settings), settings, device)
+        profiles = model_profiles(profile, settings)
+        profiles = local_models(profiles, settings.hugging_face_token, settings.hugging_face_endpoint)
+        self.engine = start_engine(profiles, settings, device)
         self.outputs = OutputFolder()
         logger.info("ready in %.1f s", time.monotonic() - started)
 

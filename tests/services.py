@@ -201,12 +201,12 @@ class Storage(Server):
         self.files[path] = file
         return f"{self.address}{path}"
 
-    def presign(self, content: bytes, name: str = "file.safetensors") -> str:
+    def presign(self, content: bytes, name: str = "file.safetensors", cuts: list[int] | None = None) -> str:
         """Serve content, at an address that is signed anew."""
         signature = secrets.token_hex(16)
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        folder = secrets.token_hex(4)
-        return f"{self.put(f'/{folder}/{name}', StoredFile(content, etag, signature=signature))}?signature={signature}"
+        file = StoredFile(content, etag, signature=signature, cuts=[] if cuts is None else cuts)
+        return f"{self.put(f'/{secrets.token_hex(4)}/{name}', file)}?signature={signature}"
 
     def reply(self, request: Request) -> Reply:
         file = self.files.get(request.path)
@@ -255,6 +255,12 @@ class Repository:
     gated: bool = False
     readers: frozenset[str] = frozenset()
     """Tokens that may read it when it is private or gated."""
+    spoiled: dict[str, list[bytes]] = field(default_factory=dict)
+    """Each comes once in the place of a large file."""
+    cuts: dict[str, list[int]] = field(default_factory=dict)
+    """Each breaks one answer for a large file after so many bytes of its body."""
+    listed_bytes: dict[str, int] = field(default_factory=dict)
+    """What the listing says of large files' sizes, where it is not the truth."""
 
     def commit_of(self, revision: str) -> str | None:
         known = {"main": self.commit, self.commit: self.commit, **self.revisions}
@@ -262,7 +268,7 @@ class Repository:
 
 
 class HuggingFace(Server):
-    """The Hub's tree and resolve routes."""
+    """The Hub's model, tree and resolve routes. A gated model is listed to everyone, its files are not given."""
 
     def __init__(self, storage: Storage, page_size: int = 1000) -> None:
         super().__init__()
@@ -277,6 +283,8 @@ class HuggingFace(Server):
         if request.bearer is not None and request.bearer not in self.tokens:
             return _hub_error(401, None, "Invalid credentials in Authorization header")
         match [unquote(segment) for segment in request.raw_path.split("/")[1:]]:
+            case ["api", "models", owner, name] | ["api", "models", owner, name, "revision", "main"]:
+                return self._model(f"{owner}/{name}", request)
             case ["api", "models", owner, name, "tree", revision]:
                 return self._in(f"{owner}/{name}", revision, request, None)
             case [owner, name, "resolve", revision, *path]:
@@ -286,9 +294,9 @@ class HuggingFace(Server):
     def _in(self, repo: str, revision: str, request: Request, path: str | None) -> Reply:
         if repo in self.renamed:
             return Reply(307, {"Location": request.raw_path.replace(repo, self.renamed[repo], 1)})
-        found = self.repositories.get(repo)
-        if found is None or (found.private and request.bearer not in found.readers):
-            return _hub_error(401 if request.bearer is None else 404, "RepoNotFound", "Repository not found")
+        found = self._visible(repo, request)
+        if isinstance(found, Reply):
+            return found
         if found.gated and request.bearer not in found.readers:
             message = f"Access to model {repo} is restricted and you are not in the authorized list."
             return _hub_error(401 if request.bearer is None else 403, "GatedRepo", message)
@@ -296,6 +304,22 @@ class HuggingFace(Server):
         if commit is None:
             return _hub_error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return self._tree(found, request) if path is None else self._resolve(found, commit, path)
+
+    def _visible(self, repo: str, request: Request) -> Repository | Reply:
+        found = self.repositories.get(repo)
+        if found is None or (found.private and request.bearer not in found.readers):
+            return _hub_error(401 if request.bearer is None else 404, "RepoNotFound", "Repository not found")
+        return found
+
+    def _model(self, repo: str, request: Request) -> Reply:
+        found = self._visible(repo, request)
+        if isinstance(found, Reply):
+            return found
+        entries = [_tree_entry(path, content) for path, content in found.files.items()]
+        siblings = [_sibling(entry, found.listed_bytes) for entry in entries]
+        if "blobs" not in request.query:
+            siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
+        return json_reply({"id": repo, "modelId": repo, "sha": found.commit, "siblings": siblings})
 
     def _tree(self, repository: Repository, request: Request) -> Reply:
         entries: list[dict[str, Any]] = [{"type": "directory", "path": "samples", "oid": "0" * 40, "size": 0}]
@@ -312,8 +336,10 @@ class HuggingFace(Server):
             return _hub_error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         if not path.endswith(".safetensors"):
             return Reply(200, {"X-Repo-Commit": commit, "ETag": f'"{_git_oid(content)}"'}, content)
+        others, cuts = repository.spoiled.get(path), repository.cuts.get(path)
+        given = others.pop(0) if others else content
         headers = {
-            "Location": self._storage.presign(content, path.rpartition("/")[2].replace(" ", "_")),
+            "Location": self._storage.presign(given, path.rpartition("/")[2].replace(" ", "_"), cuts),
             "X-Repo-Commit": commit,
             "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
             "X-Linked-Size": str(len(content)),
@@ -330,6 +356,15 @@ def _tree_entry(path: str, content: bytes) -> dict[str, Any]:
     if path.endswith(".safetensors"):
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
     return entry
+
+
+def _sibling(entry: Mapping[str, Any], listed_bytes: Mapping[str, int]) -> dict[str, Any]:
+    """A file as the model's route lists it, made from its entry in the tree."""
+    path, size = entry["path"], listed_bytes.get(entry["path"], entry["size"])
+    listed = {"rfilename": path, "size": size, "blobId": entry["oid"]}
+    if "lfs" in entry:
+        listed["lfs"] = {"sha256": entry["lfs"]["oid"], "size": size, "pointerSize": entry["lfs"]["pointerSize"]}
+    return listed
 
 
 def _hub_error(status: int, code: str | None, message: str, headers: Mapping[str, str] | None = None) -> Reply:
