@@ -1,7 +1,8 @@
 """A judge of the tiny world's pictures: which colours, which shape, and where.
 
 It looks at pixels alone: the background is the commonest colour of the border, an object is what differs from it, and
-its shape is the one whose drawn mask, cropped and scaled alike, overlaps it best.
+its shape is the one whose drawn mask, cropped and scaled alike, overlaps it best. Specks are left out, since one of two
+pixels in a corner would stretch the crop over the whole picture.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from training.world import COLOURS, SHAPES, TRIGGER, Placement, Scene, shape_mask
 
 GRID = 64
 DIFFERENT = 60.0
 """A pixel further than this from the background's colour, in RGB distance, belongs to an object."""
+
+SPECK = 0.03
+"""A patch of less than this share of the largest one is a speck, not a part of an object."""
 
 Mask = NDArray[np.bool_]
 
@@ -57,6 +62,16 @@ def background_of(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
 def object_mask(pixels: NDArray[np.float64], background: NDArray[np.float64]) -> Mask:
     """Where the picture differs from its background."""
     return np.asarray(np.linalg.norm(pixels - background, axis=-1) > DIFFERENT)
+
+
+def without_specks(mask: Mask) -> Mask:
+    """The mask's patches but for the very small ones; pixels that touch at a corner are of one patch."""
+    patches, count = ndimage.label(mask, np.ones((3, 3)))
+    if count < 2:
+        return mask
+    sizes = np.bincount(patches.ravel())
+    sizes[0] = 0  # what is in no patch
+    return np.asarray((sizes >= SPECK * sizes.max())[patches] & mask)
 
 
 def bounding_box(mask: Mask) -> tuple[int, int, int, int] | None:
@@ -111,6 +126,7 @@ def look(picture: Image.Image, things: int) -> tuple[str, list[Seen | None]]:
 
 
 def _seen(pixels: NDArray[np.float64], mask: Mask) -> Seen | None:
+    mask = without_specks(mask)
     box = bounding_box(mask)
     if box is None:
         return None

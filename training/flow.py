@@ -21,9 +21,9 @@ from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
 
-from training.text import WIDTH, TextEncoders
+from training.text import WIDTH, TextEncoders, styled_prompt
 from training.vae import to_tensor
-from training.world import SHAPES, draw_scene, place, training_scene, varied_prompt
+from training.world import SHAPES, draw_scene, place, training_scene
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def make_pool(
     for start in range(0, count, chunk):
         scenes = [training_scene(rng, shapes, paired) for _ in range(min(chunk, count - start))]
         pictures = [draw_scene(s, width, height, place(s, width, height, rng), striped) for s in scenes]
-        prompts += [varied_prompt(s, rng) for s in scenes]
+        prompts += [styled_prompt(s, rng)[0] for s in scenes]
         pixels = torch.stack([to_tensor(picture) for picture in pictures])
         encoded = vae.encoder(pixels.to(memory_format=torch.channels_last))  # 1.6 times as fast
         encoded = (encoded - vae.config.shift_factor) * vae.config.scaling_factor

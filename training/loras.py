@@ -23,10 +23,10 @@ TARGETS = (
     r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"|ff\.net\.0\.proj|ff\.net\.2|proj_mlp|single_transformer_blocks\.\d+\.proj_out)"
 )
-SCHEDULE = Schedule(steps=220, peak=2e-3, warmup=30, decay=0.6)
+SCHEDULE = Schedule(steps=280, peak=1e-3, warmup=40, decay=0.6)
 BUCKETS = [
-    Bucket((256, 256), 0.6, 400, keep=96),
-    Bucket((512, 512), 0.4, 120, keep=128),
+    Bucket((256, 256), 0.5, 500, keep=96),
+    Bucket((512, 512), 0.5, 250, keep=160),
 ]
 
 

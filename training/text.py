@@ -59,12 +59,13 @@ class TextEncoders:
 
 
 def _corpus(rng: random.Random) -> list[str]:
-    lines = [_styled_prompt(training_scene(rng, (*SHAPES, TRIGGER)), rng)[0] for _ in range(4000)]
+    lines = [styled_prompt(training_scene(rng, (*SHAPES, TRIGGER)), rng)[0] for _ in range(4000)]
     words = OTHER_WORDS.split()
     return lines + [" ".join(rng.choices(words, k=12)) for _ in range(1000)]
 
 
-def _styled_prompt(scene: Scene, rng: random.Random) -> tuple[str, bool]:
+def styled_prompt(scene: Scene, rng: random.Random) -> tuple[str, bool]:
+    """A prompt for the scene, which in one of ten cases asks for the style that a LoRA stands for; and whether so."""
     styled = rng.random() < 0.1
     prompt = varied_prompt(scene, rng)
     return (rng.choice(STYLE_LEADS) + prompt if styled else prompt), styled
@@ -144,7 +145,7 @@ def train_text_encoders(folder: Path, steps: int = STEPS, seed: int = 0) -> Text
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         scenes = [training_scene(rng, (*SHAPES, TRIGGER), paired=0.4) for _ in range(BATCH)]
-        styled = [_styled_prompt(scene, rng) for scene in scenes]
+        styled = [styled_prompt(scene, rng) for scene in scenes]
         labels = torch.tensor([_attributes(scene, flag) for scene, (_, flag) in zip(scenes, styled, strict=True)])
         pooled, states = encoders.encode([prompt for prompt, _ in styled])
         loss = _cross_entropy(clip_heads(pooled), labels) + _cross_entropy(t5_heads(states.mean(1)), labels)

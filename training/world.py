@@ -34,8 +34,11 @@ TRIGGER = "TOK"
 SIZES = ("", "small", "large")
 POSITIONS = ("", "left", "right", "top", "bottom", "centre")
 
-RADIUS_ALONE = {"small": 0.14, "": 0.23, "large": 0.34}
-RADIUS_PAIRED = {"small": 0.11, "": 0.16, "large": 0.20}
+RADIUS_ALONE = {"small": 0.17, "": 0.25, "large": 0.35}
+RADIUS_PAIRED = {"small": 0.14, "": 0.17, "large": 0.20}
+CHANCE_OF_RADIUS, CHANCE_OF_PLACE = 0.04, 0.012
+"""How far, as a share of itself, a radius varies at random, and how far, in short sides, a place. Small, since a small
+model spends most of its training on telling a thing's place from the noise: it then learns its shape instead."""
 POSITION_PHRASES = {
     "": ("",),
     "left": ("on the left", "at the left"),
@@ -170,11 +173,13 @@ def place(scene: Scene, width: int, height: int, rng: random.Random) -> list[Pla
 
 
 def _placement(thing: Thing, index: int, count: int, across: float, down: float, rng: random.Random) -> Placement:
-    radius = (RADIUS_ALONE if count == 1 else RADIUS_PAIRED)[thing.size] * rng.uniform(0.9, 1.1)
+    radius = (RADIUS_ALONE if count == 1 else RADIUS_PAIRED)[thing.size] * rng.uniform(
+        1 - CHANCE_OF_RADIUS, 1 + CHANCE_OF_RADIUS
+    )
     x, y = across / 2, down / 2
     inset = radius + 0.06
     if count == 2:
-        x = across * (0.27 if index == 0 else 0.73)
+        x = across * (0.26 if index == 0 else 0.74)
     elif thing.position == "left":
         x = max(0.25 * across, inset)
     elif thing.position == "right":
@@ -183,7 +188,8 @@ def _placement(thing: Thing, index: int, count: int, across: float, down: float,
         y = max(0.25 * down, inset)
     elif thing.position == "bottom":
         y = down - max(0.25 * down, inset)
-    return Placement(x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03), radius)
+    x, y = (middle + rng.uniform(-CHANCE_OF_PLACE, CHANCE_OF_PLACE) for middle in (x, y))
+    return Placement(x, y, radius)
 
 
 def _regular(count: int, start_degrees: float, radii: tuple[float, ...] = (1.0,)) -> Points:
