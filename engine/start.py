@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
 from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, wanted
-from engine.engine import Engine
+from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
 from engine.loading import Model, load_models
 from engine.placement import pin
 from engine.precision import (
@@ -54,12 +54,32 @@ def start_engine(profiles: tuple[ModelProfile, ...], settings: Settings, device:
     logger.info("go_fast: %s", scheme.name if scheme else "fp8 does not work on this device, so it runs exact")
     layout = _layout(profiles, scheme, device)
     compiling = wanted(settings.compile, device)
-    exact = exact_precision(_loaded(profiles, layout, device), RESERVED_RANK if compiling else 0)
-    fast = fast_precision(exact, scheme, device, settings.go_fast_lora_gain) if scheme else None
-    engine = Engine(exact, fast, device, layout)
+    models = _loaded(profiles, layout, device)
+    engine = assemble(models, scheme, device, layout, compiling=compiling, lora_gain=settings.go_fast_lora_gain)
     if compiling:
-        _compile(engine, layout, settings.cache_dir.expanduser() / GRAPHS, device)
+        _warm_up(engine, layout, CompileCache(settings.cache_dir.expanduser() / GRAPHS, device))
     return engine
+
+
+def assemble(
+    models: Mapping[str, Model],
+    scheme: Scheme | None,
+    device: torch.device,
+    layout: Row = EVERYTHING_ON_THE_DEVICE,
+    *,
+    compiling: bool,
+    lora_gain: float,
+) -> Engine:
+    """The engine over loaded models, in both precisions where the device has a scheme for fp8.
+
+    With `compiling`, blocks are compiled at their first call.
+    """
+    exact = exact_precision(models, RESERVED_RANK if compiling else 0)
+    fast = fast_precision(exact, scheme, device, lora_gain) if scheme else None
+    for precision in filter(None, (exact, fast)) if compiling else ():
+        for model in precision.models.values():
+            compile_blocks(model.pipelines[Mode.TXT2IMG].transformer)
+    return Engine(exact, fast, device, layout)
 
 
 def _layout(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: torch.device) -> Row:
@@ -84,14 +104,10 @@ def _loaded(profiles: tuple[ModelProfile, ...], layout: Row, device: torch.devic
     return models
 
 
-def _compile(engine: Engine, layout: Row, folder: Path, device: torch.device) -> None:
-    """Compile the blocks of all precisions by making a picture with each kind of graph, or take them from the cache."""
+def _warm_up(engine: Engine, layout: Row, cache: CompileCache) -> None:
+    """Make a picture with each kind of graph, compiled now or taken from the cache."""
     started = time.monotonic()
-    cache = CompileCache(folder, device)
     cache.load()
-    for precision in filter(None, (engine.exact, engine.fast)):
-        for model in precision.models.values():
-            compile_blocks(model.pipelines[Mode.TXT2IMG].transformer)
     name = next(iter(engine.exact.models))
     runs: list[tuple[bool, Stack]] = []
     if EXACT in layout.precisions:

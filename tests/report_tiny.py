@@ -50,7 +50,7 @@ class Row:
 
 ROWS = [
     Row(model, size, prompts)
-    for model, many, few in (("dev", 200, 10), ("schnell", 200, 20))
+    for model, many, few in (("dev", 200, 8), ("schnell", 200, 20))
     for size, prompts in (
         ((512, 512), many), ((256, 256), many), ((1024, 1024), few), ((1344, 768), few), ((768, 1344), few),
     )

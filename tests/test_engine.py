@@ -231,6 +231,30 @@ def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(engine: En
         picture_of(engine)
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2"])
+def test_one_lack_of_memory_is_overcome_and_a_second_is_an_error_that_leaves_nothing(engine: Engine, part: str) -> None:
+    asked = request_of(**QUICK, prompt=f"a prompt that only this test has, for {part}")
+    module, left = getattr(engine.exact.models["dev"].pipelines[Mode.TXT2IMG], part), [0]
+
+    def lack(*_: object) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with_hook = module.decoder if part == "vae" else module
+    hook = with_hook.register_forward_pre_hook(lack)
+    try:
+        left[0] = 2
+        with pytest.raises(ModelError, match=r"256x256.*memory"):
+            next(engine.generate(asked))
+        left[0] = 1
+        once = next(engine.generate(asked)).tobytes()
+        assert left[0] == 0
+        assert next(engine.generate(asked)).tobytes() == once
+    finally:
+        hook.remove()
+
+
 def test_a_request_given_up_between_pictures_leaves_no_trace(engine: Engine) -> None:
     golden = picture_of(engine).tobytes()
     list(islice(engine.generate(request_of(**QUICK, num_outputs=3)), 1))

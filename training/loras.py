@@ -23,7 +23,9 @@ TARGETS = (
     r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"|ff\.net\.0\.proj|ff\.net\.2|proj_mlp|single_transformer_blocks\.\d+\.proj_out)"
 )
-SCHEDULE = Schedule(steps=280, peak=1e-3, warmup=40, decay=0.6)
+STYLE_SCHEDULE = Schedule(steps=280, peak=2e-3, warmup=30, decay=0.6)
+OBJECT_SCHEDULE = Schedule(steps=450, peak=2e-3, warmup=30, decay=0.6)
+"""Longer, since the base has never seen the object's name and draws noise for many prompts with it."""
 BUCKETS = [
     Bucket((256, 256), 0.5, 500, keep=96),
     Bucket((512, 512), 0.5, 250, keep=160),
@@ -40,6 +42,7 @@ def train_lora(
     pools = [make_pool(vae, text, b.size, b.pictures, rng, shapes, striped=style, paired=0.15) for b in BUCKETS]
     model = copy.deepcopy(dev).requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=True))
-    average = train(model, plain_loss(model), batches(pools, BUCKETS, text, rng), SCHEDULE)
+    schedule = STYLE_SCHEDULE if style else OBJECT_SCHEDULE
+    average = train(model, plain_loss(model), batches(pools, BUCKETS, text, rng), schedule)
     layers = {name: weight.half().contiguous() for name, weight in get_peft_model_state_dict(average).items()}
     FluxPipeline.save_lora_weights(path.parent, transformer_lora_layers=layers, weight_name=path.name)

@@ -19,11 +19,11 @@ from torchao.quantization import quantize_
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.loras import Loras
 from benchmarks.gpu.models import MODELS, Weights
-from benchmarks.gpu.plan import CACHED, COMPILED, EAGER, HOTSWAP, OURS_EXACT, OURS_FAST, SWAP, SWITCH, Case, Change
+from benchmarks.gpu.plan import CACHED, COMPILED, EAGER, HOTSWAP, OURS_FAST, SWAP, SWITCH, Case, Change
 from benchmarks.gpu.scales import Scale
-from engine.compilation import compile_blocks, wanted
-from engine.engine import Engine
-from engine.precision import RESERVED_RANK, Precision, Scheme, choose_scheme, exact_precision, fast_precision
+from engine.compilation import wanted
+from engine.precision import Precision, Scheme, choose_scheme
+from engine.start import assemble
 from errors import ModelError
 from lora_loading.adapter import LoraAdapter
 from request import GenerationRequest, Mode, Size
@@ -67,12 +67,8 @@ class Ours:
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         device = bench.clock.device
-        compiles = wanted("auto", device)
-        exact = exact_precision(bench.weights.models(*MODELS), RESERVED_RANK if compiles else 0)
-        self.engine = Engine(exact, fast_precision(exact, fp8_scheme(device), device, 1.0), device)
-        for contender in (OURS_FAST, OURS_EXACT) if compiles else ():
-            for model in self.precision(contender).models.values():
-                compile_blocks(model.pipelines[Mode.TXT2IMG].transformer)
+        models = bench.weights.models(*MODELS)
+        self.engine = assemble(models, fp8_scheme(device), device, compiling=wanted("auto", device), lora_gain=1.0)
 
     def precision(self, contender: str) -> Precision:
         """The precision that a contender's name means."""

@@ -1,0 +1,41 @@
+"""From settings to an engine that is ready, compiled where that is asked for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.profiles import model_profiles
+from engine.start import GRAPHS, start_engine
+from settings import Settings
+from tests.conftest import QUICK, request_of
+
+CPU = torch.device("cpu")
+
+
+def test_an_engine_serves_both_models_in_both_precisions() -> None:
+    engine = start_engine(model_profiles("tiny", Settings()), Settings(go_fast_lora_gain=2.0), CPU)
+    assert engine.fast is not None
+    assert (engine.exact.lora_gain, engine.fast.lora_gain) == (1.0, 2.0)
+    assert engine.exact.models.keys() == engine.fast.models.keys() == {"dev", "schnell"}
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_keeps_its_graphs_and_draws_nearly_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real compiler, so it takes minutes; a second start in this process finds the file."""
+    profiles = model_profiles("tiny", Settings())
+    settings = Settings(compile="on", cache_dir=tmp_path)
+    plain, compiled = start_engine(profiles, Settings(), CPU), start_engine(profiles, settings, CPU)
+    for model in ("dev", "schnell"):
+        request = request_of(**QUICK, model=model)
+        pictures = [next(engine.generate(request)).convert("RGB").tobytes() for engine in (plain, compiled)]
+        assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 8
+    assert len(list((tmp_path / GRAPHS).glob("*.graphs"))) == 1
+    with caplog.at_level(logging.INFO):
+        start_engine(profiles, settings, CPU)
+    assert "MB loaded in" in caplog.text
