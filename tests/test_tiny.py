@@ -132,7 +132,9 @@ def test_it_follows_held_out_prompts(engine: Engine, row: Row) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model}-{row.size[0]}x{row.size[1]}-{'fast' if row.go_fast else 'exact'}")
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: f"{row.model}-{row.size[0]}x{row.size[1]}-{'fast' if row.go_fast else 'exact'}"
+)
 def test_the_whole_table_holds(engine: Engine, row: Row) -> None:
     least = 0.95 if row.size == (512, 512) else 0.85
     found, _ = verdicts(engine, row, held_out_scenes(row.prompts, HELD_OUT_SEED))
