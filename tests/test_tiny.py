@@ -17,11 +17,12 @@ from engine.profiles import TINY, model_profiles
 from request import Mode
 from settings import Settings
 from tests.conftest import QUICK, request_of
-from tests.judge import judge
-from tests.report_tiny import HELD_OUT_SEED, ROWS, Row, verdicts
+from tests.judge import judge, look
+from tests.report_tiny import HELD_OUT_SEED, ROWS, Row, adapter, picture, verdicts
 from training.world import (
     COLOURS,
     SHAPES,
+    TRIGGER,
     Scene,
     Thing,
     draw_scene,
@@ -120,15 +121,26 @@ def test_a_lora_of_tiny_dev_changes_both_models(name: str, model: str) -> None:
     assert next(engine.generate(request)).tobytes() != plain
 
 
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_the_object_lora_draws_its_object(engine: Engine, model: str) -> None:
+    """The judge, which knows the arrow, sees it with the LoRA and not without."""
+    stack = [(adapter(engine, model, "object"), 1.0)]
+    prompt = "a red TOK on a white background"
+    for shown, expected in ((stack, True), ([], False)):
+        _, (seen,) = look(picture(engine, prompt, model, (512, 512), 3, shown), 1)
+        assert seen is not None
+        assert (seen.shape == TRIGGER) == expected
+
+
 @pytest.mark.parametrize("row", [Row("dev", (256, 256), 24), Row("schnell", (512, 512), 24)], ids=["dev", "schnell"])
 def test_it_follows_held_out_prompts(engine: Engine, row: Row) -> None:
     """A sample of held-out prompts, with room for another processor's rounding: chance draws one shape in eight."""
     found, _ = verdicts(engine, row, held_out_scenes(row.prompts, HELD_OUT_SEED))
     background, colour, shape, place_ = (sum(column) / len(found) for column in zip(*map(astuple, found), strict=True))
     assert background >= 0.95
-    assert colour >= 0.8
-    assert shape >= 0.25
-    assert place_ >= 0.8
+    assert colour >= 0.85
+    assert shape >= 0.65
+    assert place_ >= 0.9
 
 
 @pytest.mark.slow
