@@ -46,7 +46,8 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 FP8_COMPUTE = (8, 9)
 """The CUDA compute capability from which on matrices are multiplied in fp8."""
 RESERVED_RANK = 64
-"""For which the compiled blocks of the exact models have room: two LoRAs of the usual ranks."""
+"""Of all LoRAs together, for which compiled blocks of the exact models have room, and the device's memory beside them:
+two of the usual ranks."""
 NO_CHANGES = LayerChanges()
 
 

@@ -23,7 +23,7 @@ from diffusers import AutoModel, FluxTransformer2DModel, ModelMixin
 from torch import nn
 from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
-from engine.precision import BLOCKS, FP8_MULTIPLE
+from engine.precision import BLOCKS, FP8_MULTIPLE, RESERVED_RANK
 from engine.profiles import ModelProfile
 from errors import SettingsError
 from request import MAX_SIDE, MULTIPLE, Size
@@ -33,8 +33,6 @@ SCALE_BYTES = 4
 LARGEST = Size(MAX_SIDE, MAX_SIDE)
 RESERVE_BYTES = 1_500_000_000
 """CUDA's context (0.5 GB), the libraries' workspaces (0.3 GB), and what fragmentation costs."""
-ADAPTER_RANK = 64
-"""Of all LoRAs together, for which there is room beside the pristine weights; more may fit, as pictures get smaller."""
 EXACT, FAST = "exact", "fast"
 
 
@@ -203,7 +201,7 @@ def sizes_of(
     return Sizes(
         pristine=tuple(map(_bf16_bytes, transformers)),
         working_copy=working_copy_bytes(transformers) if fp8 else 0,
-        adapters=max(adapter_bytes(transformer, ADAPTER_RANK) for transformer in transformers),
+        adapters=max(adapter_bytes(transformer, RESERVED_RANK) for transformer in transformers),
         text_encoders=sum(map(_bf16_bytes, text_encoders)),
         vae=_bf16_bytes(vae),
         checker=checker_bytes,
