@@ -14,12 +14,15 @@ Knows no device: the memory is a number, the models are modules without weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoModel, FluxTransformer2DModel, ModelMixin
+from diffusers import FluxTransformer2DModel, ModelMixin
 from torch import nn
 from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
@@ -183,7 +186,8 @@ def profile_sizes(profiles: Sequence[ModelProfile], fp8: bool, checker_bytes: in
         ]
         clip = CLIPTextModel(AutoConfig.from_pretrained(shared, subfolder="text_encoder"))
         t5 = T5EncoderModel(AutoConfig.from_pretrained(shared, subfolder="text_encoder_2"))
-        vae = AutoModel.from_config(shared, subfolder="vae")
+        vae_config = json.loads((Path(shared) / "vae" / "config.json").read_text(encoding="utf-8"))
+        vae = getattr(diffusers, vae_config["_class_name"]).from_config(vae_config)
     text_tokens = max(profile.max_prompt_tokens for profile in profiles)
     return sizes_of(transformers, [clip, t5], vae, text_tokens, fp8=fp8, checker_bytes=checker_bytes)
 
