@@ -94,8 +94,8 @@ def prompts(predictor: Predictor) -> tuple[float, float]:
     }  # fmt: skip
     numbers = count()
     new, again = in_turn(
-        lambda: predictor.predict(**given, prompt=f"{PROMPT} {next(numbers)}"),
-        lambda: predictor.predict(**given, prompt=PROMPT),
+        lambda: predictor.predict(**{**given, "prompt": f"{PROMPT} {next(numbers)}"}),
+        lambda: predictor.predict(**{**given, "prompt": PROMPT}),
     )
     return new, again
 
