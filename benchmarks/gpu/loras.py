@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.swap import block_layers
 from lora_loading.adapter import LoraAdapter, read_adapter
-from lora_loading.shapes import ModelShapes, adaptable_layers
+from lora_loading.shapes import ModelShapes
 
 CHANGE = 0.02
 """How large the change is beside the weights, as norms."""
@@ -52,8 +53,7 @@ def random_factors(transformer: FluxTransformer2DModel, rank: int, seed: int) ->
         return torch.randn(rows, columns, generator=generator, device=device).mul(deviation).to("cpu", torch.bfloat16)
 
     tensors = {}
-    for name, layer in adaptable_layers(transformer).items():
-        if "blocks." in name and isinstance(layer, nn.Linear):
-            tensors[f"transformer.{name}.lora_A.weight"] = factor(rank, layer.in_features, layer.in_features**-0.5)
-            tensors[f"transformer.{name}.lora_B.weight"] = factor(layer.out_features, rank, CHANGE * rank**-0.5)
+    for name, layer in block_layers(transformer).items():
+        tensors[f"transformer.{name}.lora_A.weight"] = factor(rank, layer.in_features, layer.in_features**-0.5)
+        tensors[f"transformer.{name}.lora_B.weight"] = factor(layer.out_features, rank, CHANGE * rank**-0.5)
     return tensors
