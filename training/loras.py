@@ -14,7 +14,7 @@ from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from training.distil import Loss
+from training.distil import Loss, on_data
 from training.flow import (
     Batch,
     Bucket,
@@ -22,10 +22,7 @@ from training.flow import (
     Schedule,
     batches,
     make_pool,
-    mix,
-    noise_levels,
     train,
-    velocity,
 )
 from training.text import TextEncoders
 from training.world import SHAPES, TRIGGER
@@ -66,10 +63,8 @@ def calm_loss(model: FluxTransformer2DModel) -> Loss:
     model.set_attn_processor(PartialAttention())
 
     def loss(batch: Batch) -> Tensor:
-        count = len(batch.latents)
-        levels = noise_levels(count, batch.full_tokens, 1.0)
-        noisy, target = mix(batch, levels)
-        errors = (velocity(model, noisy, levels, batch, torch.ones(count)) - target).square().mean(-1)
+        predicted, target = on_data(model, batch)
+        errors = (predicted - target).square().mean(-1)
         return ((errors * batch.weights).sum(1) / batch.weights.sum(1)).log1p().mean()
 
     return loss
