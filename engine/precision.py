@@ -31,7 +31,15 @@ from torchao.quantization import (
 )
 
 from engine.loading import Model, pipelines_over
-from lora_loading.apply import AdapterManager, LayerChanges, Stack, StackKey, adapter_managers, changes_by_layer
+from lora_loading.apply import (
+    AdapterManager,
+    LayerChanges,
+    Stack,
+    StackKey,
+    adapter_managers,
+    changes_by_layer,
+    own_part,
+)
 from lora_loading.shapes import TRANSFORMER, adaptable_layers
 from lora_loading.updates import merged
 from lora_loading.words import PromptWords
@@ -63,6 +71,7 @@ class Scheme:
         holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         holder.weight = nn.Parameter(weight, requires_grad=False)
         quantize_(holder, self.config)
+        write_fp8(holder.weight, weight)
         return holder.weight
 
 
@@ -147,7 +156,6 @@ class WorkingCopy:
         """
         self._scheme = scheme
         self._device = device
-        first = next(iter(pristine))
         self.transformers: dict[str, FluxTransformer2DModel] = {}
         """For each model one that runs in fp8; its numbers are right while the copy carries the model."""
         self._layers: dict[str, dict[str, _Layer]] = {}
@@ -161,8 +169,7 @@ class WorkingCopy:
             blocks = {part: shell.get_submodule(part) for part in BLOCKS}
             self.transformers[name] = shell
             self._layers[name] = _pairs(shell, transformer)
-        self._state: _State | None = None
-        self.write(first, (), ())
+        self._state: _State | None = _State(next(iter(pristine)), ())
 
     def _copied(self, module: nn.Module, *, fp8: bool) -> nn.Module:
         """A copy of a module on the device, its large linear layers in fp8 where wanted."""
@@ -260,8 +267,7 @@ class WorkingCopyAdapters:
 
     def apply(self, stack: Stack) -> None:
         """Make the copy this model with exactly this stack, each adapter once; nothing is done where it is already."""
-        own = [(adapter, strength) for adapter, strength in stack if strength and self.name in adapter.components]
-        self._copy.write(self._model, own, tuple((adapter.digest, strength) for adapter, strength in own))
+        self._copy.write(self._model, *own_part(stack, self.name))
 
 
 @dataclass(frozen=True)

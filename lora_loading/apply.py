@@ -82,8 +82,7 @@ class ComponentAdapters:
     @torch.no_grad()
     def apply(self, stack: Stack) -> None:
         """Make the module carry exactly this stack, each adapter once; nothing is done where it does already."""
-        own = [(adapter, strength) for adapter, strength in stack if strength and self.name in adapter.components]
-        wanted: StackKey = tuple((adapter.digest, strength) for adapter, strength in own)
+        own, wanted = own_part(stack, self.name)
         if self._carried == wanted:
             return
         self._carried = None
@@ -217,6 +216,12 @@ def _joined_strengths(stack: Stack) -> list[tuple[LoraAdapter, float]]:
         strengths[adapter.digest] = strengths.get(adapter.digest, 0.0) + strength
     adapters = {adapter.digest: adapter for adapter, _ in stack}
     return [(adapters[digest], strengths[digest]) for digest in sorted(strengths)]
+
+
+def own_part(stack: Stack, component: str) -> tuple[Stack, StackKey]:
+    """The adapters of a stack that change a component, and what names them."""
+    own = [(adapter, strength) for adapter, strength in stack if strength and component in adapter.components]
+    return own, tuple((adapter.digest, strength) for adapter, strength in own)
 
 
 def changes_by_layer(stack: Stack, component: str) -> dict[str, LayerChanges]:
