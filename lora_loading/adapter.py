@@ -6,7 +6,6 @@ Knows no model's weights, no network and no strength. A file passes as a whole o
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,12 +80,6 @@ class LoraAdapter:
         held = chain(*(u.update.tensors() for u in self.layers), (e.vectors for e in self.embeddings))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
-
-    def copied_numbers(self, shapes: ModelShapes) -> int:
-        """The size of all weights that are copied since their changes cannot stay beside them; 0 for a plain LoRA."""
-        dense = {(u.component, u.layer) for u in self.layers if not isinstance(u.update, LowRank)}
-        sizes = (shapes.by_component[component][layer].weight for component, layer in dense)
-        return sum(math.prod(size) for size in sizes)
 
     def count(self, component: str) -> int:
         """How many layers of a component it changes."""

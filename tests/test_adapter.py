@@ -153,14 +153,6 @@ def test_what_is_known_of_an_adapter(tmp_path: Path, shapes: ModelShapes) -> Non
     assert len(adapter.digest) == 64
 
 
-def test_what_must_be_copied_is_known(tmp_path: Path, shapes: ModelShapes) -> None:
-    """Plain factors stay beside a weight; of a DoRA the whole weight is made anew."""
-    plain = read_adapter(save(tmp_path / "x.safetensors", good()), shapes)
-    dora = read_adapter(save(tmp_path / "x.safetensors", good() | {f"{KEY}.dora_scale": torch.ones(32, 1)}), shapes)
-    assert plain.copied_numbers(shapes) == 0
-    assert dora.copied_numbers(shapes) == 32 * 32
-
-
 def test_an_adapter_outlives_its_file(tmp_path: Path, shapes: ModelShapes) -> None:
     path = save(tmp_path / "x.safetensors", good())
     adapter = read_adapter(path, shapes)
