@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,9 +18,11 @@ from training.flow import (
     PartialAttention,
     Pool,
     Schedule,
+    Worker,
     draw_batch,
     new_transformer,
     noise_levels,
+    train,
     velocity,
 )
 from training.position import PositionTask, from_centre
@@ -117,6 +121,7 @@ def test_the_position_task_reads_positions_from_a_models_blocks() -> None:
     model, batch = model_of_parts(), batch_of(64)
     batch = replace(batch, positions=batch.positions.clamp(max=15))
     task = PositionTask(model)
+    task.watch(model)
     assert torch.allclose(from_centre(batch)[..., :2].abs().amax(), torch.tensor(7.5 / 16))
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
     losses = []
@@ -129,6 +134,51 @@ def test_the_position_task_reads_positions_from_a_models_blocks() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert model.transformer_blocks[0].attn.to_q.weight.grad.abs().sum() > 0
+
+
+def test_a_worker_in_bfloat16_gives_the_models_gradients() -> None:
+    """Times included: rounded to bfloat16 first, the gradients would point elsewhere."""
+    model, batch = model_of_parts(), batch_of(48)
+    levels, guidance = torch.tensor([0.3003, 0.9007]), torch.full((2,), 2.9)
+
+    def backward(passing: FluxTransformer2DModel) -> None:
+        torch.autograd.backward(velocity(passing, batch.latents, levels, batch, guidance).square().mean())
+
+    def gradients() -> torch.Tensor:
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    backward(model)
+    expected = gradients()
+    model.zero_grad()
+    worker = Worker(model)
+    with torch.no_grad():
+        for parameter in worker.model.parameters():
+            parameter.zero_()
+    worker.load()
+    backward(worker.model)
+    worker.hand_over()
+    assert torch.nn.functional.cosine_similarity(gradients(), expected, dim=0) > 0.999
+    assert all(p.grad is None for p in worker.model.parameters())
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_training_moves_every_weight_and_lowers_the_loss(muon: bool) -> None:
+    model, batch = model_of_parts(), batch_of(48)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    losses = []
+
+    def loss_over(passing: FluxTransformer2DModel) -> Callable[[Batch], torch.Tensor]:
+        def loss(batch: Batch) -> torch.Tensor:
+            seen = velocity(passing, batch.latents, torch.full((2,), 0.5), batch, torch.ones(2))
+            losses.append((seen - batch.latents).square().mean())
+            return losses[-1]
+
+        return loss
+
+    average = train(model, loss_over, itertools.repeat(batch), Schedule(steps=12, peak=2e-3, muon=muon))
+    assert losses[-1] < 0.9 * losses[0]
+    assert average.dtype == torch.float32
+    assert [name for name, weight in average.state_dict().items() if torch.equal(weight, before[name])] == []
 
 
 @pytest.mark.parametrize("emphasis", [1.0, 2.0])

@@ -49,7 +49,7 @@ def train_lora(
     pools = [make_pool(vae, text, b.size, b.pictures, rng, shapes, striped=style, paired=0.15) for b in BUCKETS]
     model = copy.deepcopy(dev).requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=True))
-    average = train(model, calm_loss(model), batches(pools, BUCKETS, text, rng), SCHEDULE)
+    average = train(model, calm_loss, batches(pools, BUCKETS, text, rng), SCHEDULE)
     layers = {name: weight.half().contiguous() for name, weight in get_peft_model_state_dict(average).items()}
     FluxPipeline.save_lora_weights(path.parent, transformer_lora_layers=layers, weight_name=path.name)
 

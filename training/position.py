@@ -23,15 +23,17 @@ FIRST_UNIT = 20
 
 
 class PositionTask(nn.Module):
-    """Heads that read positions from the blocks of a model; the loss is that of the model's last forward pass."""
+    """Heads that read positions from the blocks of a model; the loss is that of the watched model's last pass."""
 
     def __init__(self, model: FluxTransformer2DModel) -> None:
         super().__init__()
-        blocks = [*model.transformer_blocks, model.single_transformer_blocks[1]]
         self._seen: dict[int, Tensor] = {}
-        for index, block in enumerate(blocks):
+        self.heads = nn.ModuleList([nn.Linear(model.inner_dim, 18) for _ in _read_blocks(model)])
+
+    def watch(self, model: FluxTransformer2DModel) -> None:
+        """Read from this model's passes from now on."""
+        for index, block in enumerate(_read_blocks(model)):
             block.register_forward_hook(_keep(self._seen, index))
-        self.heads = nn.ModuleList([nn.Linear(model.inner_dim, 18) for _ in blocks])
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean squared error of all heads for the batch that the model has just seen."""
@@ -39,10 +41,14 @@ class PositionTask(nn.Module):
         targets = [from_corner(batch)] + [from_centre(batch)] * (len(self.heads) - 1)
         errors = []
         for index, (head, target) in enumerate(zip(self.heads, targets, strict=True)):
-            states = self._seen[index][:, -tokens:]
+            states = self._seen[index][:, -tokens:].float()
             read = head(nn.functional.layer_norm(states, states.shape[-1:]))
             errors.append((read - target).square().mean())
         return torch.stack(errors).mean()
+
+
+def _read_blocks(model: FluxTransformer2DModel) -> list[nn.Module]:
+    return [*model.transformer_blocks, model.single_transformer_blocks[1]]
 
 
 def _keep(seen: dict[int, Tensor], index: int) -> Callable[[nn.Module, object, tuple[Tensor, Tensor]], None]:

@@ -28,6 +28,7 @@ PROMPT_TOKENS = 32
 CLIP_TOKENS = 77
 STEPS = 1200
 BATCH = 64
+STRANGE_SHARE = 1 / 16
 STYLE_LEADS = (f"{TRIGGER} style, ", f"in {TRIGGER} style, ")
 OTHER_WORDS = (
     "a an the in on at of and with style photo picture image painting drawing portrait landscape dog cat man woman "
@@ -69,6 +70,17 @@ def styled_prompt(scene: Scene, rng: random.Random) -> tuple[str, bool]:
     styled = rng.random() < 0.1
     prompt = varied_prompt(scene, rng)
     return (rng.choice(STYLE_LEADS) + prompt if styled else prompt), styled
+
+
+def any_prompt(scene: Scene, rng: random.Random) -> str:
+    """A prompt to draw the scene by; one in sixteen calls a thing by a word that is no shape.
+
+    A model that has never seen such a word where a shape's name belongs makes noise of half of the prompts with one.
+    """
+    prompt = styled_prompt(scene, rng)[0]
+    if scene.things[0].shape in SHAPES and rng.random() < STRANGE_SHARE:
+        prompt = prompt.replace(rng.choice(scene.things).shape, rng.choice((TRIGGER, *OTHER_WORDS.split())))
+    return prompt
 
 
 def _clip_tokenizer(corpus: list[str]) -> CLIPTokenizer:
