@@ -32,17 +32,12 @@ def plain_loss(model: FluxTransformer2DModel, emphasis: float = 1.0) -> Loss:
     model.set_attn_processor(PartialAttention())
 
     def loss(batch: Batch) -> Tensor:
-        return weighted_error(*on_data(model, batch, emphasis), batch.weights)
+        count = len(batch.latents)
+        levels = noise_levels(count, batch.full_tokens, emphasis)
+        noisy, target = mix(batch, levels)
+        return weighted_error(velocity(model, noisy, levels, batch, torch.ones(count)), target, batch.weights)
 
     return loss
-
-
-def on_data(model: FluxTransformer2DModel, batch: Batch, emphasis: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The model's velocity for the noised data at guidance 1, and the right one; both (B, T, 64)."""
-    count = len(batch.latents)
-    levels = noise_levels(count, batch.full_tokens, emphasis)
-    noisy, target = mix(batch, levels)
-    return velocity(model, noisy, levels, batch, torch.ones(count)), target
 
 
 def guidance_loss(student: FluxTransformer2DModel, empty: tuple[Tensor, Tensor]) -> Loss:

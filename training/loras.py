@@ -12,13 +12,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor
 
-from training.distil import Loss, on_data
+from training.distil import plain_loss
 from training.flow import (
-    Batch,
     Bucket,
-    PartialAttention,
     Schedule,
     batches,
     make_pool,
@@ -32,7 +29,7 @@ TARGETS = (
     r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     r"|ff\.net\.0\.proj|ff\.net\.2|proj_mlp|single_transformer_blocks\.\d+\.proj_out)"
 )
-SCHEDULE = Schedule(steps=280, peak=2e-3, warmup=30, decay=0.6)
+SCHEDULE = Schedule(steps=600, peak=2e-3, warmup=30, decay=0.6)
 BUCKETS = [
     Bucket((256, 256), 0.5, 500, keep=96),
     Bucket((512, 512), 0.5, 250, keep=160),
@@ -49,22 +46,6 @@ def train_lora(
     pools = [make_pool(vae, text, b.size, b.pictures, rng, shapes, striped=style, paired=0.15) for b in BUCKETS]
     model = copy.deepcopy(dev).requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=True))
-    average = train(model, calm_loss, batches(pools, BUCKETS, text, rng), SCHEDULE)
+    average = train(model, plain_loss, batches(pools, BUCKETS, text, rng), SCHEDULE)
     layers = {name: weight.half().contiguous() for name, weight in get_peft_model_state_dict(average).items()}
     FluxPipeline.save_lora_weights(path.parent, transformer_lora_layers=layers, weight_name=path.name)
-
-
-def calm_loss(model: FluxTransformer2DModel) -> Loss:
-    """Flow matching at guidance 1, the logarithm of each picture's error: no picture outweighs the others.
-
-    The base has never seen the object's name, and for half of the prompts with it is wrong a hundred times as much as
-    for the others.
-    """
-    model.set_attn_processor(PartialAttention())
-
-    def loss(batch: Batch) -> Tensor:
-        predicted, target = on_data(model, batch)
-        errors = (predicted - target).square().mean(-1)
-        return ((errors * batch.weights).sum(1) / batch.weights.sum(1)).log1p().mean()
-
-    return loss
