@@ -26,7 +26,8 @@ from training.flow import (
     velocity,
 )
 from training.position import PositionTask, from_centre
-from training.world import SHAPES, held_out_scenes, prompt_of, random_scene, varied_prompt
+from training.text import STRANGE_SHARE, any_prompt
+from training.world import SHAPES, TRIGGER, held_out_scenes, prompt_of, random_scene, varied_prompt
 
 
 def batch_of(tokens: int, stands_for: float = 1.0) -> Batch:
@@ -215,3 +216,13 @@ def test_varied_prompts_keep_the_scenes_words() -> None:
         for thing in scene.things:
             assert thing.colour in prompt
             assert thing.shape in prompt
+
+
+def test_a_share_of_the_prompts_calls_a_thing_by_a_word_that_is_no_shape() -> None:
+    """And none where the word that a LoRA is taught would be lost."""
+    rng = random.Random(0)
+    scenes = [random_scene(rng) for _ in range(4000)]
+    strange = [s for s in scenes if not all(t.shape in any_prompt(s, rng) for t in s.things)]
+    assert len(strange) / len(scenes) == pytest.approx(STRANGE_SHARE, rel=0.25)
+    taught = [random_scene(rng, (TRIGGER,)) for _ in range(400)]
+    assert all(any_prompt(scene, rng).count(TRIGGER) >= len(scene.things) for scene in taught)

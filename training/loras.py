@@ -14,13 +14,7 @@ from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
 from training.distil import plain_loss
-from training.flow import (
-    Bucket,
-    Schedule,
-    batches,
-    make_pool,
-    train,
-)
+from training.flow import Bucket, Schedule, batches, make_pool, train
 from training.text import TextEncoders
 from training.world import SHAPES, TRIGGER
 

@@ -42,8 +42,8 @@ PICTURES = {
     (128, 128): 8000, (256, 256): 10000, (448, 256): 600, (256, 448): 600, (512, 512): 8000, (1024, 1024): 1000,
     (1344, 768): 1000, (768, 1344): 1000,
 }  # fmt: skip
-"""How many pictures of each size are drawn and encoded: with a quarter of them, the loss on held-out scenes at 512x512
-was twice that on the trained ones after 6,000 steps, and rising."""
+"""How many pictures of each size are drawn and encoded: with 500 of 512x512, the loss on held-out scenes there was
+twice that on the trained ones after 6,000 steps, and rising."""
 
 
 def _buckets(*rows: tuple[tuple[int, int], float, int | None]) -> list[Bucket]:
