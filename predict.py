@@ -17,7 +17,7 @@ from cog import BasePredictor, Input, Path, Secret
 from errors import InputError, PredictionError
 from images import encode
 from logs import configure_logging
-from lora_loading.tokens import Tokens
+from lora_loading.finding.tokens import Tokens
 from request import GenerationRequest, build_request
 from safety.gate import Gate
 from settings import Settings
@@ -25,7 +25,7 @@ from settings import Settings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lora_loading.adapter import LoraAdapter
+    from lora_loading.reading.adapter import LoraAdapter
     from weights import CachedFile
 
 logger = logging.getLogger("predict")
@@ -46,8 +46,8 @@ class Predictor(BasePredictor):
         from engine.hub import local_models
         from engine.profiles import choose_profile, model_profiles
         from engine.start import start_engine
-        from lora_loading.cache import AdapterCache
-        from lora_loading.store import open_store
+        from lora_loading.finding.store import open_store
+        from lora_loading.reading.adapter_cache import AdapterCache
         from safety.load import choose_checker, load_checker
 
         profile, reason = choose_profile(settings, torch.cuda.is_available())

@@ -12,7 +12,7 @@ from PIL import Image
 
 from errors import InputError
 from images import open_image, open_mask
-from lora_loading.reference import LoraReference, parse
+from lora_loading.finding.reference import LoraReference, parse
 
 MAX_SIDE = 1440
 MULTIPLE = 16

@@ -25,7 +25,7 @@ from errors import DiskError, DownloadError, HttpStatusError
 from fetching.containers import check_safetensors, copy_only_safetensors
 from fetching.download import Downloaded, Limits, Progress, download
 from fetching.network import Client
-from fetching.storage import Entry, Room, Store, closed_on_error, digest_of_file, free_bytes_of, megabytes, read_entry
+from fetching.store import Entry, Room, Store, closed_on_error, digest_of_file, free_bytes_of, megabytes, read_entry
 
 logger = logging.getLogger(__name__)
 

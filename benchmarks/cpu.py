@@ -30,7 +30,7 @@ from benchmarks.swap import our_adapter, random_factors, real_depth_transformer
 from engine.compilation import compile_blocks
 from engine.precision import RESERVED_RANK, WEIGHT_ONLY, WorkingCopy, WorkingCopyAdapters
 from logs import configure_logging
-from lora_loading.apply import Carrier, ComponentAdapters, Stack
+from lora_loading.applying.manager import Carrier, ComponentAdapters, Stack
 from lora_loading.shapes import TRANSFORMER
 from predict import Predictor
 from request import Mode

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fetching.network import Client
-from fetching.storage import Room
+from fetching.store import Room
 from weights import Source, WeightsCache
 
 ROUNDS = 7

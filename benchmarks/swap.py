@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, PerRow, quantize_
 
 from engine.precision import BLOCKS, WEIGHT_ONLY, WorkingCopy, WorkingCopyAdapters
-from lora_loading.adapter import LoraAdapter
-from lora_loading.apply import AdapterManager, ComponentAdapters
-from lora_loading.layers import LayerUpdate
+from lora_loading.applying.manager import AdapterManager, ComponentAdapters
+from lora_loading.reading.adapter import LoraAdapter
+from lora_loading.reading.layers import LayerUpdate
 from lora_loading.shapes import TRANSFORMER, adaptable_layers
 from lora_loading.updates import LowRank
 

@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine.loading import Model
-from engine.memory import within_memory
-from engine.placement import visiting
+from engine.memory_plan import EXACT, ROWS, Home, Row
+from engine.offload import visiting
+from engine.out_of_memory import within_memory
 from engine.precision import Precision
-from engine.residency import EXACT, ROWS, Home, Row
 from errors import ModelError
 from images import composite
-from lora_loading.apply import AdapterManager, Stack
+from lora_loading.applying.manager import AdapterManager, Stack
 from lora_loading.shapes import CLIP, T5
 from request import GenerationRequest, Mode
 

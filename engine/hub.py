@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from engine.hub_access import Hub, explained
 from engine.hub_cache import RepositoryCache
 from engine.hub_fetch import Snapshot, fetch
-from engine.parts import Part, flaws, is_read, parts_by_source
+from engine.model_folders import Part, flaws, is_read, parts_by_source
 from engine.profiles import ModelProfile
 from errors import SettingsError
 

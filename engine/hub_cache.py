@@ -27,7 +27,7 @@ from pathlib import Path
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # re-exported without saying so
 from huggingface_hub.utils.sha import git_hash
 
-from engine.parts import Part, is_read
+from engine.model_folders import Part, is_read
 
 logger = logging.getLogger(__name__)
 

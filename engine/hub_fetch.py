@@ -24,7 +24,7 @@ from huggingface_hub.file_download import http_get
 from engine.hub_access import ELSEWHERE, Hub, explained
 from engine.hub_cache import MISSING, HubFile, RepositoryCache, gigabytes
 from errors import SettingsError
-from fetching.storage import free_bytes_of
+from fetching.store import free_bytes_of
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ from torchao.quantization import (
 )
 
 from engine.loading import Model, pipelines_over
-from lora_loading.apply import (
+from lora_loading.applying.embeddings import PromptWords
+from lora_loading.applying.manager import (
     AdapterManager,
     LayerChanges,
     Stack,
@@ -42,7 +43,6 @@ from lora_loading.apply import (
 )
 from lora_loading.shapes import TRANSFORMER, adaptable_layers
 from lora_loading.updates import merged
-from lora_loading.words import PromptWords
 from request import Mode
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ import torch
 from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, wanted
 from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
 from engine.loading import Model, load_models
-from engine.placement import pin
+from engine.memory_plan import EXACT, Home, Row, plan_residency, profile_sizes
+from engine.offload import pin
 from engine.precision import (
     RESERVED_RANK,
     Precision,
@@ -21,10 +22,9 @@ from engine.precision import (
     fast_precision,
 )
 from engine.profiles import ModelProfile
-from engine.residency import EXACT, Home, Row, plan_residency, profile_sizes
-from lora_loading.adapter import LoraAdapter
-from lora_loading.apply import Stack
-from lora_loading.layers import LayerUpdate
+from lora_loading.applying.manager import Stack
+from lora_loading.reading.adapter import LoraAdapter
+from lora_loading.reading.layers import LayerUpdate
 from lora_loading.shapes import TRANSFORMER
 from lora_loading.updates import LowRank
 from request import GenerationRequest, Mode

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from safety.checker import FailClosed, SafetyChecker
-from safety.embedded import load_embedded
-from safety.reference import load_reference
+from safety.open_nsfw import load_embedded
+from safety.pair import load_reference
 from safety.selftest import EMBEDDED, prove, prove_reference, prove_strict
 from safety.strict import load_strict
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from errors import SettingsError
 from safety.checker import FailClosed, SafetyChecker, Verdict
-from safety.reference import ReferencePair
+from safety.pair import ReferencePair
 from safety.strict import StrictChecker
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from torch import Tensor
 from errors import SettingsError
 from safety.checker import Verdict
 from safety.manifest import MARQO, obtain
-from safety.reference import Opinion, ReferencePair, load_reference
+from safety.pair import Opinion, ReferencePair, load_reference
 from safety.vision import Preprocessing, Tensors, VitClassifier, load_vit, read_tensors
 
 THRESHOLD = 0.5

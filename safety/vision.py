@@ -1,7 +1,7 @@
 """Vision transformers as judges: how a picture becomes their input, and how their weights are loaded strictly.
 
 Knows the shapes of models, no thresholds and no verdicts. Preprocessing is Pillow and NumPy in the order of the
-transformers image processors, which `tests/test_safety_reference.py` compares it with.
+transformers image processors, which `tests/safety/test_pair.py` compares it with.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_loading.adapter import LoraAdapter
-from lora_loading.formats.bfl import bfl_targets
-from lora_loading.formats.targets import Target
-from lora_loading.layers import LayerUpdate
+from lora_loading.reading.adapter import LoraAdapter
+from lora_loading.reading.formats.bfl import bfl_targets
+from lora_loading.reading.formats.targets import Target
+from lora_loading.reading.layers import LayerUpdate
 from lora_loading.shapes import TRANSFORMER, ModelShapes
 from lora_loading.updates import Dora, Full, LowRank
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from pathlib import Path
 
 import yaml
 
-PROJECT = Path(__file__).parent.parent
+from tests.paths import PROJECT
+
 COG = yaml.safe_load((PROJECT / "cog.yaml").read_text())
 PINS = dict(
     line.split("==")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from cli.schema import openapi_document, write_schema
+from tests.paths import DATA
 
-CONTRACT = json.loads((Path(__file__).parent / "data" / "contract.json").read_text())
+CONTRACT = json.loads((DATA / "contract.json").read_text())
 DOCUMENT = openapi_document()
 SCHEMAS = DOCUMENT["components"]["schemas"]
 PROPERTIES = SCHEMAS["Input"]["properties"]

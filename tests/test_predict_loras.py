@@ -17,9 +17,9 @@ from PIL import Image
 from errors import DownloadError, LoraAccessError, LoraFormatError
 from predict import Predictor
 from tests.conftest import QUICK, predict_arguments
+from tests.paths import LORAS
 from tests.services import HTML_WITH_200, Reply, Storage, StoredFile
 
-LORAS = Path(__file__).parent / "data" / "loras"
 STYLE, OBJECT = ((LORAS / f"tok-{name}.safetensors").read_bytes() for name in ("style", "object"))
 Save = Callable[..., Path]
 

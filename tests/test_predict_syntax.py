@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "predict.py"
+from tests.paths import PROJECT
+
+SOURCE = PROJECT / "predict.py"
 PLAIN = {"str", "int", "float", "bool", "Path", "Secret"}
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from errors import InputError, LoraReferenceError
-from lora_loading.reference import parse
+from lora_loading.finding.reference import parse
 from request import Mode, Size
 from tests.conftest import request_of
 

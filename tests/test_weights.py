@@ -24,13 +24,12 @@ from safetensors.numpy import save
 from errors import DiskError, DownloadError, HttpStatusError, LoraFormatError
 from fetching.download import Limits
 from fetching.network import Client
-from fetching.storage import Room, StoredFile, plan_eviction
+from fetching.store import Room, StoredFile, plan_eviction
+from tests.fetching.test_containers import BAD_TARS, tar_of
+from tests.paths import PROJECT
 from tests.services import HTML_WITH_200, Reply, Storage
 from tests.services import StoredFile as ServedFile
-from tests.test_containers import BAD_TARS, tar_of
 from weights import FRESH_SECONDS, CachedFile, Container, Source, WeightsCache
-
-PROJECT = Path(__file__).parent.parent
 
 
 def tensors(number: int, size_bytes: int = 4000) -> bytes:
@@ -418,7 +417,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from fetching.network import Client
-from fetching.storage import Room
+from fetching.store import Room
 from weights import Source, WeightsCache
 folder, authority = sys.argv[1:]
 cache = WeightsCache(Path(folder), Client(frozenset({authority})), room=Room(0))

@@ -25,7 +25,7 @@ from engine.compilation import wanted
 from engine.precision import Precision, Scheme, choose_scheme
 from engine.start import assemble
 from errors import ModelError
-from lora_loading.adapter import LoraAdapter
+from lora_loading.reading.adapter import LoraAdapter
 from request import GenerationRequest, Mode, Size
 
 GUIDANCE = 3.5

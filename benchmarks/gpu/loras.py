@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.swap import block_layers
-from lora_loading.adapter import LoraAdapter, read_adapter
+from lora_loading.reading.adapter import LoraAdapter, read_adapter
 from lora_loading.shapes import ModelShapes
 
 CHANGE = 0.02

@@ -1,0 +1,1 @@
+"""The model carries exactly one stack of adapters."""

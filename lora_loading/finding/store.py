@@ -1,0 +1,124 @@
+"""LoRA files by reference: the service is asked and the file fetched with the right tokens, and held. One log line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from errors import DownloadError, HttpStatusError, LoraFormatError, LoraReferenceError, SettingsError
+from fetching.download import Limits
+from fetching.network import Client
+from fetching.store import Room
+from lora_loading.finding.reference import LoraReference, parse
+from lora_loading.finding.resolve import Endpoints, Resolver, explain, token_for
+from lora_loading.finding.tokens import Tokens
+from settings import Settings
+from weights import CachedFile, WeightsCache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Whose service this is: the operator's tokens, and for which LoRAs they may be used."""
+
+    tokens: Tokens
+    default_lora: LoraReference | None = None
+    """Their own: fetched with their tokens."""
+    shares: bool = False
+    """Whether callers' LoRAs are fetched with them too, where the caller gives none."""
+
+    def tokens_for(self, reference: LoraReference, given: Tokens) -> Tokens:
+        """The tokens that a LoRA of this caller is fetched with."""
+        if not self.shares and reference != self.default_lora:
+            return given
+        return Tokens(
+            given.hugging_face or self.tokens.hugging_face,
+            given.civitai or self.tokens.civitai,
+            given.replicate or self.tokens.replicate,
+        )
+
+
+class LoraStore:
+    """Where LoRA files come from."""
+
+    def __init__(self, cache: WeightsCache, resolver: Resolver, operator: Operator) -> None:
+        self._cache = cache
+        self._resolver = resolver
+        self._operator = operator
+
+    @property
+    def default_lora(self) -> LoraReference | None:
+        """Used where a request names no main LoRA."""
+        return self._operator.default_lora
+
+    @contextmanager
+    def open(self, reference: LoraReference, tokens: Tokens) -> Iterator[CachedFile]:
+        """Hold the file that `reference` names for whoever has these tokens.
+
+        Raises:
+            LoraError: the service refuses it, or what came is no safetensors file.
+            DownloadError: it cannot be fetched.
+        """
+        with ExitStack() as held:
+            file = self._enter(held, reference, self._operator.tokens_for(reference, tokens))
+            logger.info(
+                "LoRA %s: %s, %.1f MB, %.2f s", reference.label, file.outcome, file.size_bytes / 1e6, file.seconds
+            )
+            yield file
+
+    def _enter(self, held: ExitStack, reference: LoraReference, tokens: Tokens) -> CachedFile:
+        token = token_for(reference, tokens) or ""
+        try:
+            return held.enter_context(
+                self._cache.open(reference.key, token, lambda: self._resolver.resolve(reference, tokens))
+            )
+        except HttpStatusError as error:
+            raise explain(error, reference, tokens) from error
+        except DownloadError as error:
+            raise DownloadError(_named(error, reference)) from error
+        except LoraFormatError as error:
+            raise LoraFormatError(_named(error, reference)) from error
+
+
+def _named(error: Exception, reference: LoraReference) -> str:
+    """The message, with the LoRA's name where it lacks it."""
+    message = str(error)
+    return message if reference.label in message else f'Cannot fetch LoRA "{reference.label}": {message}'
+
+
+def open_store(settings: Settings) -> LoraStore:
+    """The store that the settings describe.
+
+    Raises:
+        SettingsError: the cache folder cannot be used, or the default LoRA is in no form that we know.
+    """
+    client = Client(settings.trusted_hosts)
+    limits, room = Limits(settings.max_download_bytes), Room(settings.cache_min_free_bytes, settings.cache_max_bytes)
+    try:
+        cache = WeightsCache(settings.cache_dir.expanduser(), client, limits=limits, room=room)
+    except OSError as error:
+        found = f"FLUX_CACHE_DIR is {settings.cache_dir}, which cannot be written: {error.strerror}"
+        raise SettingsError(f"{found}. Set it to another folder.") from error
+    tokens = Tokens(settings.hugging_face_token, settings.civitai_token, settings.replicate_token)
+    operator = Operator(tokens, _default_lora(settings), settings.share_operator_tokens)
+    return LoraStore(cache, Resolver(client, _endpoints(settings)), operator)
+
+
+def _endpoints(settings: Settings) -> Endpoints:
+    services = Endpoints()
+    return Endpoints(
+        settings.hugging_face_endpoint or services.hugging_face,
+        settings.civitai_endpoint or services.civitai,
+        settings.replicate_endpoint or services.replicate,
+        settings.replicate_endpoint or services.replicate_api,
+    )
+
+
+def _default_lora(settings: Settings) -> LoraReference | None:
+    try:
+        return None if settings.default_lora is None else parse(settings.default_lora, settings.trusted_hosts)
+    except LoraReferenceError as error:
+        raise SettingsError(f"FLUX_DEFAULT_LORA: {error}") from error

@@ -1,0 +1,1 @@
+"""A LoRA file -> a LoraAdapter on the CPU, checked."""

@@ -1,0 +1,40 @@
+"""The parsed adapters that were used last, in host memory. Knows nothing of where their files come from."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+from lora_loading.reading.adapter import LoraAdapter, read_adapter
+from lora_loading.shapes import ModelShapes
+
+
+class AdapterCache:
+    """Adapters by their files' digests, the least recently used forgotten first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """Start empty.
+
+        Args:
+            max_bytes: what the adapters' tensors may take together; a larger one is read each time.
+        """
+        self._max_bytes = max_bytes
+        self._adapters: OrderedDict[tuple[str, ModelShapes], LoraAdapter] = OrderedDict()
+
+    @property
+    def bytes(self) -> int:
+        """What the adapters' tensors take together."""
+        return sum(adapter.bytes for adapter in self._adapters.values())
+
+    def get(self, path: Path, shapes: ModelShapes, digest: str, label: str = "") -> LoraAdapter:
+        """The adapter in a file, which is read unless it was lately; `digest` is the file's sha256.
+
+        Raises:
+            LoraFormatError: see `read_adapter`.
+        """
+        key = digest, shapes
+        adapter = self._adapters.pop(key, None) or read_adapter(path, shapes, label=label, digest=digest)
+        self._adapters[key] = adapter
+        while self._adapters and self.bytes > self._max_bytes:
+            self._adapters.popitem(last=False)
+        return adapter

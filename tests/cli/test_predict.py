@@ -1,0 +1,111 @@
+"""`script/predict` as a newcomer runs it: its arguments, its messages, its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cli.predict import name_value, parse_inputs
+from cli.schema import input_schemas
+from errors import InputError
+from predict import Predictor
+from tests.paths import PROJECT
+
+SCHEMAS = input_schemas(Predictor.predict)
+SMALL = ["-i", "aspect_ratio=custom", "-i", "width=256", "-i", "height=256", "-i", "num_inference_steps=2"]
+
+
+def script_predict(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(PROJECT / "script" / "predict"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_prediction_prints_its_files_seed_seconds_and_progress(tmp_path: Path) -> None:
+    done = script_predict(
+        tmp_path, "-i", "prompt=a red circle", *SMALL, "-i", "num_outputs=2", "-i", "seed=5", "-o", "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-3:-1] == ["wrote out/output.0.webp", "wrote out/output.1.webp"]
+    assert "seed 5" in done.stdout
+    assert " s in all" in done.stdout
+    assert "100%" in done.stderr
+    with Image.open(tmp_path / "out" / "output.1.webp") as picture:
+        assert picture.size == (256, 256)
+
+
+def test_a_newcomer_sees_none_of_the_libraries_chatter(tmp_path: Path) -> None:
+    done = script_predict(tmp_path, "-i", "prompt=a red circle", *SMALL)
+    for word in ("torchao", "torchvision", "pytree", "deprecat", "Warning", "not expected", "Loading weights"):
+        assert word not in done.stdout + done.stderr
+
+
+def test_a_file_is_given_with_an_at_sign(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "in.png")
+    inputs = ["-i", "prompt=x", "-i", "image=@in.png", "-i", "prompt_strength=0", "-i", "output_format=png"]
+    done = script_predict(tmp_path, *inputs)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "output.0.png") as picture:
+        assert picture.tobytes() == Image.new("RGB", (64, 48), "red").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "prompt is required"),
+        (["-i", "prompt=x", "-i", "num_outputs=9"], "num_outputs is 9. Give a number from 1 to 4."),
+        (["-i", "prompt=x", "-i", "mask=@{tmp}/m.png"], "A mask was given without an image"),
+    ],
+)
+def test_a_wrong_input_prints_one_message_and_exits_1(tmp_path: Path, arguments: list[str], message: str) -> None:
+    Image.new("L", (64, 64)).save(tmp_path / "m.png")
+    done = script_predict(tmp_path, *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--fast"], ["-i", "prompt"], ["-o"]])
+def test_wrong_usage_exits_2(tmp_path: Path, arguments: list[str]) -> None:
+    done = script_predict(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert "usage: script/predict" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("colour=red", 'There is no input "colour". The inputs are: prompt, image'),
+        ("seed=many", 'seed is "many". Give a whole number.'),
+        ("guidance_scale=lots", "Give a number."),
+        ("go_fast=maybe", "Give true or false."),
+        ("model=pro", "Choose one of dev, schnell."),
+        ("image=photo.png", "write -i image=@photo.png"),
+        ("image=@nowhere.png", 'There is no file "nowhere.png" for image.'),
+        ("extra_lora=@nowhere.safetensors", 'There is no file "nowhere.safetensors" for extra_lora.'),
+    ],
+)
+def test_each_wrong_input_has_a_message(pair: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_inputs([("prompt", "x"), name_value(pair)], SCHEMAS, tmp_path)
+    assert message in str(caught.value)
+
+
+def test_inputs_are_typed_and_defaults_filled_in(tmp_path: Path) -> None:
+    pairs = ["prompt=a = b", "seed=-1", "guidance_scale=2", "go_fast=True", "hf_api_token=hf_x"]
+    inputs = parse_inputs([name_value(pair) for pair in pairs], SCHEMAS, tmp_path)
+    assert list(inputs) == list(SCHEMAS["Input"]["properties"])
+    assert (inputs["prompt"], inputs["seed"], inputs["guidance_scale"], inputs["go_fast"]) == ("a = b", -1, 2.0, True)
+    assert (inputs["model"], inputs["num_inference_steps"], inputs["image"]) == ("dev", 28, None)
+    assert "hf_x" not in repr(inputs["hf_api_token"])
+
+
+def test_a_file_for_a_text_input_becomes_a_data_uri(tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    file.write_bytes(b"content")
+    inputs = parse_inputs([("prompt", "x"), ("extra_lora", f"@{file}")], SCHEMAS, tmp_path)
+    assert inputs["extra_lora"] == "data:application/octet-stream;base64,Y29udGVudA=="

@@ -1,0 +1,388 @@
+"""Every format's file gives the same change of the model, and what is no FLUX LoRA is refused with its name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from torch import Tensor, nn
+
+from errors import LoraFormatError
+from lora_loading.reading.adapter import LoraAdapter, read_adapter
+from lora_loading.reading.formats.bfl import bfl_targets
+from lora_loading.shapes import CLIP, T5, ModelShapes, adaptable_layers, components_of, shapes_of
+from tests import lora_files as files
+from tests.lora_files import Change, Tensors, changes_of, expected, save
+from tests.tiny_models import tiny_pipelines
+
+Write = Callable[[list[Change]], Tensors]
+
+
+@pytest.fixture(scope="module")
+def components() -> dict[str, nn.Module]:
+    return components_of(tiny_pipelines()["dev"])
+
+
+@pytest.fixture(scope="module")
+def shapes(components: dict[str, nn.Module]) -> ModelShapes:
+    return shapes_of(components)
+
+
+def deltas(adapter: LoraAdapter, components: dict[str, nn.Module], parameter: str = "weight") -> dict[str, Tensor]:
+    """The change of each layer, in float64."""
+    layers = {part: adaptable_layers(module) for part, module in components.items()}
+    found: dict[str, Tensor] = {}
+    for u in adapter.layers:
+        if u.parameter == parameter:
+            pristine = {name: layer.weight.double() for name, layer in layers[u.component].items()}
+            target = getattr(layers[u.component][u.layer], u.parameter).double()
+            found[u.layer] = found.get(u.layer, 0) + u.update.delta(target, pristine.__getitem__)
+    return found
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert found.keys() == wanted.keys()
+    for name, delta in wanted.items():
+        assert (found[name] - delta).norm() <= tolerance * delta.norm(), name
+
+
+# Names
+
+
+def test_bfl_names_mean_what_diffusers_conversion_of_checkpoints_says() -> None:
+    """On FLUX's own sizes, which diffusers' converter has built in; each row is told by a number of its own."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    others = (".qkv.", "img_in.proj")
+    targets = bfl_targets(shapes_of({"transformer": model})).items()
+    whole = {name: target for name, target in targets if not any(other in name for other in others)}
+    checkpoint = {}
+    for index, (name, target) in enumerate(n for n in whole.items() if not n[0].startswith("single_blocks.0.linear1.")):
+        if not name.endswith("_norm"):
+            rows = torch.arange(target.rows, dtype=torch.float64) + index * 1e6
+            checkpoint[name if name.endswith(".scale") else f"{name}.weight"] = rows
+            checkpoint |= {} if name.endswith(".scale") else {f"{name}.bias": rows}
+    source = dict(checkpoint)
+    wanted = convert_flux_transformer_checkpoint_to_diffusers(source)
+    found = {}
+    for name, target in whole.items():
+        key = f"{name}.weight" if f"{name}.weight" in checkpoint else name
+        for piece in target.pieces if key in checkpoint else ():
+            found[piece.layer.name] = torch.cat([checkpoint[key][start:stop] for start, stop in piece.rows])
+    assert found.keys() == {name.rpartition(".")[0] for name in wanted}
+    for name, rows in found.items():
+        assert torch.equal(rows, wanted[f"{name}.weight"]), name
+
+
+# Low rank
+
+EVERYTHING: dict[str, Write] = {
+    "diffusers, ai-toolkit": files.peft_named(),
+    "PEFT keys with .alpha": files.peft_with_alpha(),
+    "PEFT names, lora_down, .alpha": files.peft_with_alpha("lora_down", "lora_up"),
+    "DiffSynth": files.peft_named("", ".default"),
+    "diffusers names without prefix": files.peft_named(""),
+    "raw PEFT": files.peft_named("base_model.model."),
+    "raw PEFT below transformer": files.peft_named("transformer.base_model.model."),
+    "ComfyUI prefix, diffusers names": files.peft_named("diffusion_model."),
+    "kohya, with embedders and final layer": files.kohya,
+    "ComfyUI, lora_down": files.bfl_named("diffusion_model.", "lora_down", "lora_up"),
+    "ComfyUI, lora_A": files.bfl_named("diffusion_model.", "lora_A", "lora_B", alpha=False),
+    "BFL names without prefix": files.bfl_named("", "lora_A", "lora_B", alpha=False),
+    "BFL names below model": files.bfl_named("model.diffusion_model.", "lora_A", "lora_B"),
+    "fal Kontext": files.bfl_named("base_model.model.", "lora_A", "lora_B", alpha=False),
+    "OneTrainer before it writes a file": files.peft_named("lora_transformer."),
+    "OneTrainer legacy": files.flat_diffusers("lora_transformer_"),
+    "OneTrainer, split BFL names": files.onetrainer_split,
+    "LyCORIS LoCon": files.flat_diffusers("lycoris_"),
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_the_same_change_in_every_format(
+    name: str, tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    changes = changes_of(shapes)
+    adapter = read_adapter(save(tmp_path / "x.safetensors", EVERYTHING[name](changes)), shapes)
+    assert_equal(deltas(adapter, components), expected(changes))
+    assert adapter.ranks == (4, 4)
+    assert not adapter.left_out
+
+
+@pytest.mark.parametrize("name", ["kohya", "ComfyUI", "diffusers"])
+def test_float8_files(name: str, tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]) -> None:
+    writers = {"kohya": files.kohya, "ComfyUI": EVERYTHING["ComfyUI, lora_A"], "diffusers": files.peft_named()}
+    changes = files.rounded(changes_of(shapes))
+    adapter = read_adapter(save(tmp_path / "x.safetensors", files.fp8(writers[name])(changes)), shapes)
+    assert_equal(deltas(adapter, components), expected(changes))
+
+
+def test_xlabs(tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]) -> None:
+    changes = [c for c in changes_of(shapes) if c.name.endswith(("qkv", "attn.proj", "linear2"))]
+    adapter = read_adapter(save(tmp_path / "x.safetensors", files.xlabs(changes)), shapes)
+    assert_equal(deltas(adapter, components), expected(changes))
+
+
+def test_xlabs_single_qkv_leaves_the_mlp_alone(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    a, b = torch.randn(2, 128), torch.randn(3 * 128, 2)
+    tensors = {f"single_blocks.1.processor.qkv_lora.{n}.weight": t for n, t in (("down", a), ("up", b))}
+    found = deltas(read_adapter(save(tmp_path / "x.safetensors", tensors), shapes), components)
+    parts = zip("qkv", (b.double() @ a.double()).chunk(3), strict=True)
+    assert_equal(found, {f"single_transformer_blocks.1.attn.to_{part}": delta for part, delta in parts})
+
+
+def test_alpha_from_the_metadata_of_diffusers(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    changes = changes_of(shapes)
+    changes[0] = replace(changes[0], alpha=3.0)
+    unscaled = [replace(change, alpha=4.0) for change in changes]
+    metadata = files.peft_metadata(changes)
+    path = save(tmp_path / "x.safetensors", files.peft_named()(unscaled), metadata)
+    assert_equal(deltas(read_adapter(path, shapes), components), expected(changes))
+
+
+def test_mixed_ranks_and_alphas(tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]) -> None:
+    changes = changes_of(shapes, 2, 1.0, only="double") + changes_of(shapes, 7, 3.0, only="single")
+    adapter = read_adapter(save(tmp_path / "x.safetensors", files.kohya(changes)), shapes)
+    assert_equal(deltas(adapter, components), expected(changes))
+    assert adapter.ranks == (2, 7)
+
+
+TEXT = {
+    "kohya": ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"),  # noqa: E501
+    "OneTrainer": ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_te2_encoder_block_0_layer_0_SelfAttention_q"),  # noqa: E501
+    "OneTrainer, BFL names": ("clip_l.text_model.encoder.layers.0.self_attn.q_proj", "t5.encoder.block.0.layer.0.SelfAttention.q"),  # noqa: E501
+    "diffusers": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"),  # noqa: E501
+    "ComfyUI": ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj", "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"),  # noqa: E501
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_encoders(name: str, tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]) -> None:
+    """Only one layer of each: diffusers wants CLIP's out_proj too, and knows no T5."""
+    a, b = torch.randn(2, 128), torch.randn(128, 2)
+    tensors = {f"{path}.lora_{n}.weight": t for path in TEXT[name] for n, t in (("down", a), ("up", b))}
+    tensors |= {f"{path}.alpha": torch.tensor(1.0) for path in TEXT[name]}
+    adapter = read_adapter(save(tmp_path / "x.safetensors", tensors), shapes)
+    assert {u.component for u in adapter.layers} == {CLIP, T5}
+    delta = 0.5 * b.double() @ a.double()
+    wanted = {"encoder.layers.0.self_attn.q_proj": delta, "encoder.block.0.layer.0.SelfAttention.q": delta}
+    assert_equal(deltas(adapter, components), wanted)
+
+
+# Other kinds of change
+
+
+def peft_file(config: Any, components: dict[str, nn.Module]) -> tuple[Tensors, dict[str, Tensor]]:
+    """PEFT's own random adapter over the tiny transformer: its file's tensors, and each layer's change."""
+    from peft import get_peft_model_state_dict, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    plain = components["transformer"]
+    model = inject_adapter_in_model(config, copy.deepcopy(plain)).double()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_", "hada_", "lokr_")):
+            parameter.data.normal_(1.0 if "magnitude" in name else 0.0, 0.1)
+    tensors = {f"base_model.model.{name}": t.detach() for name, t in get_peft_model_state_dict(model).items()}
+    wanted = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "merge") and hasattr(layer, "base_layer"):
+            before = adaptable_layers(plain)[name].weight.double()
+            layer.merge()
+            wanted[name] = layer.get_base_layer().weight.detach().double() - before
+    return tensors, wanted
+
+
+TARGETS = ["attn.to_q", "attn.to_out.0", "ff.net.0.proj", "proj_mlp", "single_transformer_blocks.1.proj_out"]
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "LoHa", "LoKr", "LoKr factored"])
+def test_peft_writes_it_and_merges_it_alike(
+    kind: str, tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    configs = {
+        "DoRA": LoraConfig(r=4, lora_alpha=4, use_dora=True, target_modules=TARGETS),
+        "LoHa": LoHaConfig(r=4, alpha=4, target_modules=TARGETS),
+        "LoKr": LoKrConfig(r=4, alpha=4, target_modules=TARGETS),
+        "LoKr factored": LoKrConfig(r=2, alpha=2, decompose_both=True, decompose_factor=8, target_modules=TARGETS),
+    }
+    tensors, wanted = peft_file(configs[kind], components)
+    adapter = read_adapter(save(tmp_path / "x.safetensors", tensors), shapes)
+    assert len(wanted) >= 10
+    assert_equal(deltas(adapter, components), wanted, 1e-5)
+    assert kind.split()[0] in adapter.format
+
+
+LYCORIS = {
+    "kohya": ("lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_0_linear1"),
+    "ComfyUI": ("diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.single_blocks.0.linear1"),
+}
+
+
+def fused_weight(components: dict[str, nn.Module], names: list[str]) -> Tensor:
+    layers = adaptable_layers(components["transformer"])
+    return torch.cat([layers[name].weight for name in names]).double()
+
+
+def lycoris_parts(kind: str, rows: int, columns: int) -> tuple[Tensors, Tensor]:
+    """A fused layer's tensors, and their product in float64."""
+    torch.manual_seed(1)
+    if kind == "LoHa":
+        parts = {f"hada_{w}_{s}": torch.randn(*((rows, 3) if s == "a" else (3, columns))) for w in ("w1", "w2") for s in "ab"}  # noqa: E501 # fmt: skip
+        d = {name: tensor.double() for name, tensor in parts.items()}
+        product = (d["hada_w1_a"] @ d["hada_w1_b"]) * (d["hada_w2_a"] @ d["hada_w2_b"])
+        return parts | {"alpha": torch.tensor(1.5)}, product * 0.5
+    w1, left, right = torch.randn(4, 8), torch.randn(rows // 4, 3), torch.randn(3, columns // 8)
+    product = torch.kron(w1.double(), left.double() @ right.double())
+    if kind == "LoKr whole":
+        whole = left.double() @ right.double()
+        return {"lokr_w1": w1.double(), "lokr_w2": whole, "alpha": torch.tensor(7.0)}, product
+    return {"lokr_w1": w1, "lokr_w2_a": left, "lokr_w2_b": right, "alpha": torch.tensor(1.5)}, product * 0.5
+
+
+@pytest.mark.parametrize("spelling", LYCORIS)
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr whole"])
+def test_lycoris_of_fused_layers(
+    spelling: str, kind: str, tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    targets = bfl_targets(shapes)
+    tensors: Tensors = {}
+    wanted: dict[str, Tensor] = {}
+    for path, name in zip(LYCORIS[spelling], ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"), strict=True):
+        parts, product = lycoris_parts(kind, targets[name].rows, 128)
+        tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
+        wanted |= {p.layer.name: product[p.rows[0][0] : p.rows[0][1]] for p in targets[name].pieces}
+    found = deltas(read_adapter(save(tmp_path / "x.safetensors", tensors), shapes), components)
+    assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_dora_scale_is_measured_over_the_layer_of_the_file(
+    axis: str, fused: bool, tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    """The oracle is LyCORIS' formula over the fused weight: magnitude * V / |V|."""
+    torch.manual_seed(2)
+    name = "double_blocks.0.txt_attn.qkv" if fused else "double_blocks.0.img_attn.proj"
+    target = bfl_targets(shapes)[name]
+    old = fused_weight(components, [piece.layer.name for piece in target.pieces])
+    a, b = torch.randn(4, 128) * 0.1, torch.randn(target.rows, 4) * 0.1
+    magnitude = torch.rand(target.rows, 1) + 0.5 if axis == "row" else torch.rand(1, 128) + 0.5
+    path = f"lora_unet_{name.replace('.', '_')}"
+    tensors = {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.tensor(2.0), "dora_scale": magnitude}
+    new = old + 0.5 * b.double() @ a.double()
+    whole = magnitude.double() * new / new.norm(dim=1 if axis == "row" else 0, keepdim=True) - old
+    saved = save(tmp_path / "x.safetensors", {f"{path}.{part}": tensor for part, tensor in tensors.items()})
+    adapter = read_adapter(saved, shapes)
+    assert "DoRA" in adapter.format
+    wanted = {piece.layer.name: whole[piece.rows[0][0] : piece.rows[0][1]] for piece in target.pieces}
+    assert_equal(deltas(adapter, components), wanted)
+
+
+def test_full_differences_of_weights_biases_and_norms(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    torch.manual_seed(3)
+    mod, final = torch.randn(768, 128), torch.randn(256)
+    query, key, value = torch.randn(32), torch.randn(32), torch.randn(32)
+    tensors = {
+        "diffusion_model.double_blocks.0.img_mod.lin.diff": mod,
+        "diffusion_model.final_layer.adaLN_modulation.1.diff_b": final,
+        "diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.diff": query,
+        "lora_unet_single_blocks_1_norm_key_norm.w_norm": key,
+        "transformer.transformer_blocks.2.attn.norm_added_k.weight": value,
+    }
+    adapter = read_adapter(save(tmp_path / "x.safetensors", tensors), shapes)
+    old = adaptable_layers(components["transformer"])["transformer_blocks.2.attn.norm_added_k"].weight
+    wanted = {
+        "transformer_blocks.0.norm1.linear": mod,
+        "transformer_blocks.0.attn.norm_q": query,
+        "single_transformer_blocks.1.attn.norm_k": key,
+        "transformer_blocks.2.attn.norm_added_k": value - old,
+    }
+    assert_equal(deltas(adapter, components), {name: delta.double() for name, delta in wanted.items()})
+    swapped = torch.cat([final[128:], final[:128]]).double()
+    assert_equal(deltas(adapter, components, "bias"), {"norm_out.linear": swapped})
+
+
+def test_bundled_embeddings_are_kept_by_their_words(tmp_path: Path, shapes: ModelShapes) -> None:
+    tensors = {
+        "bundle_emb.ohwx man.clip_l": torch.randn(2, 128),
+        "bundle_emb.ohwx man.t5": torch.randn(3, 128),
+        **files.flat_diffusers("lora_transformer_")(changes_of(shapes, only="img_mlp")),
+    }
+    adapter = read_adapter(save(tmp_path / "x.safetensors", tensors), shapes)
+    found = {(e.word, e.component): tuple(e.vectors.shape) for e in adapter.embeddings}
+    assert found == {("ohwx man", CLIP): (2, 128), ("ohwx man", T5): (3, 128)}
+
+
+# Not for this model
+
+OTHERS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "SD 1.5": (
+        {
+            "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 320, 1, 1),
+            "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": (320, 4, 1, 1),
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 128),
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight": (128, 4),
+        },
+        "Stable Diffusion 1.5 or SDXL",
+    ),
+    "SDXL": (
+        {
+            "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640),
+            "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 1280),
+        },
+        "Stable Diffusion 1.5 or SDXL",
+    ),
+    "SDXL, diffusers": ({"unet.down_blocks.1.attentions.0.proj_in.lora_A.weight": (4, 640)}, "SDXL"),
+    "SD3": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": (4, 64)}, "Stable Diffusion 3"),
+    "Wan": ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (4, 64)}, "another model"),
+    "checkpoint, BFL": (
+        {"double_blocks.0.img_attn.qkv.weight": (384, 128), "double_blocks.0.img_attn.qkv.bias": (384,)},
+        "a full checkpoint",
+    ),
+    "checkpoint, diffusers": ({"transformer_blocks.0.attn.to_q.weight": (128, 128)}, "a full checkpoint"),
+    "checkpoint, all in one": (
+        {"model.diffusion_model.single_blocks.0.linear1.weight": (896, 128), "vae.decoder.conv_in.bias": (4,)},
+        "a full checkpoint",
+    ),
+    "control LoRA": (
+        {
+            "img_in.lora_A.weight": (4, 128),
+            "img_in.lora_B.weight": (128, 4),
+            "double_blocks.0.img_attn.norm.query_norm.scale": (32,),
+        },
+        "control LoRA",
+    ),
+    "OFT": ({"lora_unet_double_blocks_0_img_attn_proj.oft_blocks": (4, 32, 32)}, "not supported"),
+    "something else": ({"weights": (3,)}, "none of its 1 tensors"),
+    "nothing": ({}, "empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_refused_by_their_name(name: str, tmp_path: Path, shapes: ModelShapes) -> None:
+    sizes, kind = OTHERS[name]
+    path = save(tmp_path / "x.safetensors", {key: torch.randn(size) for key, size in sizes.items()})
+    with pytest.raises(LoraFormatError, match=kind):
+        read_adapter(path, shapes, label="a/b")
+
+
+def test_a_text_file_is_refused(tmp_path: Path, shapes: ModelShapes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(LoraFormatError, match="no safetensors file"):
+        read_adapter(path, shapes)
