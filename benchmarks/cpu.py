@@ -28,7 +28,9 @@ from torch._dynamo.testing import CompileCounter
 
 from benchmarks.swap import our_adapter, random_factors, real_depth_transformer
 from engine.compilation import compile_blocks
-from engine.precision import RESERVED_RANK, WEIGHT_ONLY, WorkingCopy, WorkingCopyAdapters
+from engine.fp8 import WEIGHT_ONLY
+from engine.precision import RESERVED_RANK
+from engine.working_copy import WorkingCopy, WorkingCopyAdapters
 from logs import configure_logging
 from lora_loading.applying.manager import Carrier, ComponentAdapters, Stack
 from lora_loading.shapes import TRANSFORMER

@@ -23,7 +23,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, PerRow, quantize_
 
-from engine.precision import BLOCKS, WEIGHT_ONLY, WorkingCopy, WorkingCopyAdapters
+from engine.fp8 import WEIGHT_ONLY
+from engine.working_copy import BLOCKS, WorkingCopy, WorkingCopyAdapters
 from lora_loading.applying.manager import AdapterManager, ComponentAdapters
 from lora_loading.reading.adapter import LoraAdapter
 from lora_loading.reading.layers import LayerUpdate

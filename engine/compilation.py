@@ -5,8 +5,8 @@ time and at the same speed (published figures: 67 s became 9.6 s). Three, since 
 from two tensors and the others from two parts of one. `dynamic=True` makes sizes variables from the first call on.
 A graph belongs to the class and takes weights as inputs: models of the same widths, transformers that share blocks and
 the three modes share it. Other graphs come of other types of weights (fp8), and of adapters beside the weights: see
-`reserved_rank` in `lora_loading.applying.manager`. CUDA graphs, the modes "reduce-overhead" and "max-autotune", are no choice:
-they hold one size each, and not between threads.
+`reserved_rank` in `lora_loading.applying.manager`. CUDA graphs, the modes "reduce-overhead" and "max-autotune", are no
+choice: they hold one size each, and not between threads.
 
 What makes a graph too narrow, so that another size compiles anew:
 - Two sizes that are equal in the first call are taken for one variable. Image tokens, text tokens, both together,

@@ -26,8 +26,10 @@ from diffusers import FluxTransformer2DModel, ModelMixin
 from torch import nn
 from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
-from engine.precision import BLOCKS, FP8_MULTIPLE, RESERVED_RANK
+from engine.fp8 import FP8_MULTIPLE
+from engine.precision import RESERVED_RANK
 from engine.profiles import ModelProfile
+from engine.working_copy import BLOCKS
 from errors import SettingsError
 from request import MAX_SIDE, MULTIPLE, Size
 

@@ -10,17 +10,11 @@ import torch
 
 from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, wanted
 from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
+from engine.fp8 import Scheme, choose_scheme
 from engine.loading import Model, load_models
 from engine.memory_plan import EXACT, Home, Row, plan_residency, profile_sizes
 from engine.offload import pin
-from engine.precision import (
-    RESERVED_RANK,
-    Precision,
-    Scheme,
-    choose_scheme,
-    exact_precision,
-    fast_precision,
-)
+from engine.precision import RESERVED_RANK, Precision, exact_precision, fast_precision
 from engine.profiles import ModelProfile
 from lora_loading.applying.manager import Stack
 from lora_loading.reading.adapter import LoraAdapter

@@ -22,7 +22,8 @@ from benchmarks.gpu.models import MODELS, Weights
 from benchmarks.gpu.plan import CACHED, COMPILED, EAGER, HOTSWAP, OURS_FAST, SWAP, SWITCH, Case, Change
 from benchmarks.gpu.scales import Scale
 from engine.compilation import wanted
-from engine.precision import Precision, Scheme, choose_scheme
+from engine.fp8 import Scheme, choose_scheme
+from engine.precision import Precision
 from engine.start import assemble
 from errors import ModelError
 from lora_loading.reading.adapter import LoraAdapter

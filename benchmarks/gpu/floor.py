@@ -18,7 +18,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.scales import Scale
-from engine.precision import FP8_COMPUTE
+from engine.fp8 import FP8_COMPUTE
 
 EXACT, FP8 = "exact", "fp8"
 """The arithmetic of the matrix products: bf16 (float32 on a CPU), or fp8 with a scale a row on both sides."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchao.quantization import Float8Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from engine.fp8 import WEIGHT_ONLY
 from engine.loading import load_models
 from engine.memory_plan import (
     RESERVE_BYTES,
@@ -29,8 +30,8 @@ from engine.memory_plan import (
     working_copy_bytes,
 )
 from engine.out_of_memory import within_memory
-from engine.precision import WEIGHT_ONLY, WorkingCopy
 from engine.profiles import TINY, model_profiles
+from engine.working_copy import WorkingCopy
 from errors import ModelError, SettingsError
 from request import Mode, Size
 from settings import Settings

@@ -19,17 +19,9 @@ from torch._dynamo.testing import CompileCounter
 from torchao.quantization import Float8Tensor, Float8WeightOnlyConfig, PerRow, quantize_
 
 from engine.engine import Engine
+from engine.fp8 import DYNAMIC, WEIGHT_ONLY, Scheme, choose_scheme, write_fp8
 from engine.memory_plan import ROWS
-from engine.precision import (
-    BLOCKS,
-    DYNAMIC,
-    WEIGHT_ONLY,
-    Scheme,
-    WorkingCopy,
-    WorkingCopyAdapters,
-    choose_scheme,
-    write_fp8,
-)
+from engine.working_copy import BLOCKS, WorkingCopy, WorkingCopyAdapters
 from lora_loading.applying.manager import ComponentAdapters, Stack, changes_by_layer
 from lora_loading.reading.adapter import LoraAdapter, read_adapter
 from lora_loading.reading.layers import LayerUpdate

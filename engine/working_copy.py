@@ -1,0 +1,180 @@
+"""One fp8 copy of the transformers' blocks, rewritten in place for each model and stack of adapters.
+
+The pristine weights are never written. The working copy is quantise(W + sum of scale * delta), so a LoRA costs
+nothing a step, any kind of change can be served, and the way back is exact: the pristine weights, quantised again.
+All models share the blocks of one copy, since FLUX.1 [dev] and [schnell] differ in their embedders alone; another model
+or another stack is a rewrite, of the touched layers where the model stays the same. The tensors stay where they are, so
+compiled graphs stay valid. Merging into weights that are fp8 already would swallow most of a small change.
+
+In fp8 are the linear layers of the blocks. Embedders, the last projection, biases and norms keep their type.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torchao.quantization import Float8Tensor
+
+from engine.fp8 import FP8_MULTIPLE, Scheme, write_fp8
+from lora_loading.applying.embeddings import PromptWords
+from lora_loading.applying.manager import LayerChanges, Stack, StackKey, changes_by_layer, own_part
+from lora_loading.shapes import TRANSFORMER, adaptable_layers
+from lora_loading.updates import merged
+
+BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+NO_CHANGES = LayerChanges()
+
+
+@dataclass
+class _Layer:
+    """A layer of the working copy and the pristine one that it is written from."""
+
+    layer: Any
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    fp8: bool
+
+
+@dataclass
+class _State:
+    """What the working copy carries, and which layers of the model differ from the pristine ones."""
+
+    model: str
+    stack: StackKey
+    touched: frozenset[str] = field(default_factory=frozenset)
+
+
+class WorkingCopy:
+    """The fp8 blocks that all models share, and for each model a transformer around them."""
+
+    def __init__(self, pristine: Mapping[str, FluxTransformer2DModel], scheme: Scheme, device: torch.device) -> None:
+        """Make the copy, which carries the first model without adapters.
+
+        Args:
+            pristine: the transformers by the models' names, without adapters; on any device.
+            scheme: how to hold the blocks' weights.
+            device: where the copy lives.
+
+        Raises:
+            ValueError: the models' blocks differ in their layers.
+        """
+        self._scheme = scheme
+        self._device = device
+        self.transformers: dict[str, FluxTransformer2DModel] = {}
+        """For each model one that runs in fp8; its numbers are right while the copy carries the model."""
+        self._layers: dict[str, dict[str, _Layer]] = {}
+        blocks: dict[str, nn.Module] = {}
+        for name, transformer in pristine.items():
+            shell = copy.copy(transformer)
+            shell.__dict__["_modules"] = {
+                part: blocks[part] if part in blocks else self._copied(module, fp8=part in BLOCKS)
+                for part, module in transformer.named_children()
+            }
+            blocks = {part: shell.get_submodule(part) for part in BLOCKS}
+            self.transformers[name] = shell
+            self._layers[name] = _pairs(shell, transformer)
+        self._state: _State | None = _State(next(iter(pristine)), ())
+
+    def _copied(self, module: nn.Module, *, fp8: bool) -> nn.Module:
+        """A copy of a module on the device, its large linear layers in fp8 where wanted."""
+        matrices = {id(m.weight) for m in module.modules() if fp8 and _fits_fp8(m)}
+        memo = {id(p): nn.Parameter(self._copy_of(p, id(p) in matrices), False) for p in module.parameters()}
+        return copy.deepcopy(module, memo)
+
+    def _copy_of(self, parameter: nn.Parameter, fp8: bool) -> Tensor:
+        here = parameter.detach().to(self._device)
+        return self._scheme.quantise(here) if fp8 else here.clone()
+
+    def carried(self, model: str) -> StackKey | None:
+        """What the copy carries if it is this model's; None where it is another's, or unknown."""
+        return self._state.stack if self._state is not None and self._state.model == model else None
+
+    def release(self) -> None:
+        """Give the fp8 weights' memory back; the next `write` takes it again and writes everything."""
+        self._state = None
+        for weight in self._fp8_weights():
+            weight.qdata.untyped_storage().resize_(0)
+
+    def _fp8_weights(self) -> Iterator[Float8Tensor]:
+        return (pair.layer.weight for pair in next(iter(self._layers.values())).values() if pair.fp8)
+
+    @torch.no_grad()
+    def write(self, model: str, stack: Stack, key: StackKey) -> None:
+        """Make the copy this model with exactly these adapters; `key` names the stack."""
+        if self.carried(model) == key:
+            return
+        layers = self._layers[model]
+        changes = changes_by_layer(stack, TRANSFORMER)
+        before = self._state
+        if before is None:  # released, perhaps
+            for weight in self._fp8_weights():
+                weight.qdata.untyped_storage().resize_(weight.qdata.numel())
+        names = before.touched | changes.keys() if before and before.model == model else layers.keys()
+        self._state = None
+        for name in names:
+            self._write_layer(layers, name, changes.get(name, NO_CHANGES))
+        self._state = _State(model, key, frozenset(changes))
+
+    def _write_layer(self, layers: Mapping[str, _Layer], name: str, changes: LayerChanges) -> None:
+        pair = layers[name]
+
+        def weight_of(other: str) -> Tensor:
+            return layers[other].weight.to(self._device)
+
+        weight = pair.weight.to(self._device, non_blocking=True)
+        if changes.merging:
+            weight = merged(weight, changes.merging, weight_of)
+        if pair.fp8:
+            write_fp8(pair.layer.weight, weight)
+        else:
+            pair.layer.weight.copy_(weight)
+        if pair.bias is not None:
+            bias = pair.bias.to(self._device, non_blocking=True)
+            pair.layer.bias.copy_(merged(bias, changes.bias, weight_of) if changes.bias else bias)
+
+
+def _fits_fp8(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and not any(side % FP8_MULTIPLE for side in layer.weight.shape)
+
+
+def _pairs(shell: nn.Module, pristine: nn.Module) -> dict[str, _Layer]:
+    ours, theirs = adaptable_layers(shell), adaptable_layers(pristine)
+    if [(n, layer.weight.shape) for n, layer in ours.items()] != [
+        (n, layer.weight.shape) for n, layer in theirs.items()
+    ]:
+        raise ValueError("the models' blocks differ: they cannot share one working copy")
+    return {
+        name: _Layer(
+            ours[name],
+            layer.weight,
+            getattr(layer, "bias", None),
+            name.startswith(BLOCKS) and _fits_fp8(layer),
+        )
+        for name, layer in theirs.items()
+    }
+
+
+class WorkingCopyAdapters:
+    """One model's view of the working copy, as an `AdapterManager` wants its components."""
+
+    def __init__(self, model: str, working_copy: WorkingCopy) -> None:
+        self.name = TRANSFORMER
+        self.module: nn.Module = working_copy.transformers[model]
+        self.words: PromptWords | None = None
+        self._model = model
+        self._copy = working_copy
+
+    @property
+    def carried(self) -> StackKey | None:
+        """What the model carries, None while that is unknown or the copy is another model's."""
+        return self._copy.carried(self._model)
+
+    def apply(self, stack: Stack) -> None:
+        """Make the copy this model with exactly this stack, each adapter once; nothing is done where it is already."""
+        self._copy.write(self._model, *own_part(stack, self.name))

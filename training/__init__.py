@@ -1,0 +1,1 @@
+"""The world that the embedded model draws, and how it is trained and judged."""
