@@ -9,8 +9,8 @@ PredictionError            its message goes to the user as it is
 ├ DownloadError            network, disk, a truncated or an oversized file
 │ ├ HttpStatusError        the server answered, but not with the file
 │ └ DiskError              this machine's disk is full or fails
-├ ModelError               the model gave no usable picture
-└ UnsafeOutputError        every picture was withheld
+├ ModelError               the model gave no usable image
+└ UnsafeOutputError        every image was withheld
 
 SettingsError              a setting of the operator's is wrong: setup stops
 
@@ -62,11 +62,11 @@ class DiskError(DownloadError):
 
 
 class ModelError(PredictionError):
-    """The model gave no usable picture, for instance numbers that are not finite."""
+    """The model gave no usable image, for instance numbers that are not finite."""
 
 
 class UnsafeOutputError(PredictionError):
-    """Every picture of the prediction was withheld by the safety checker."""
+    """Every image of the prediction was withheld by the safety checker."""
 
 
 class SettingsError(Exception):

@@ -1,4 +1,4 @@
-"""Pictures in and out: open an image or a mask from a file, encode webp, jpg or png. Pillow and NumPy only.
+"""Images in and out: open an image or a mask from a file, encode webp, jpg or png. Pillow and NumPy only.
 
 What a file may be is decided here, before a pixel is decoded: six formats, 40 megapixels, sides within 8:1.
 """
@@ -25,10 +25,10 @@ CONTRAST = 8
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture as RGB, upright, first frame, transparency over white.
+    """The image as RGB, upright, first frame, transparency over white.
 
     Raises:
-        InputError: no picture of the six formats, too large, too long and thin, or damaged.
+        InputError: no image of the six formats, too large, too long and thin, or damaged.
     """
     return _over_white(_open(path, "image"))
 
@@ -61,25 +61,25 @@ def _open(path: Path, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning: our limit is checked below
-            with Image.open(path, formats=FORMATS) as picture:
-                _check_shape(picture, name)
-                picture.seek(0)
-                picture.load()
-                return _eight_bit(ImageOps.exif_transpose(picture))
+            with Image.open(path, formats=FORMATS) as image:
+                _check_shape(image, name)
+                image.seek(0)
+                image.load()
+                return _eight_bit(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"The {name} has too many pixels. Give one of at most 40 megapixels.") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"The {name} is not a picture that can be read. Give a PNG, JPEG, WebP, GIF, BMP or AVIF file."
+            f"The {name} is not an image that can be read. Give a PNG, JPEG, WebP, GIF, BMP or AVIF file."
         ) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"The {name} is damaged and cannot be decoded. Save it again, or give another one.") from error
 
 
-def _check_shape(picture: Image.Image, name: str) -> None:
-    width, height = picture.size
+def _check_shape(image: Image.Image, name: str) -> None:
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(
             f"The {name} has {width}x{height} pixels ({width * height / 1e6:.0f} megapixels). "
@@ -89,21 +89,21 @@ def _check_shape(picture: Image.Image, name: str) -> None:
         raise InputError(f"The {name} has {width}x{height} pixels. Give one whose sides are within 8:1.")
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
+def _eight_bit(image: Image.Image) -> Image.Image:
     """16-bit and floating-point grey scaled to 8 bits; other modes as they are."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture, dtype=np.float64) / 257
-    elif picture.mode == "F":
-        values = np.asarray(picture, dtype=np.float64) * 255
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64) / 257
+    elif image.mode == "F":
+        values = np.asarray(image, dtype=np.float64) * 255
     else:
-        return picture
+        return image
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def _over_white(picture: Image.Image) -> Image.Image:
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
+def _over_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
 
@@ -113,16 +113,16 @@ def composite(original: Image.Image, painted: Image.Image, mask: Image.Image) ->
     return Image.composite(painted, original, mask)
 
 
-def encode(picture: Image.Image, output_format: str, quality: int) -> bytes:
-    """The picture as a file's bytes: "webp" or "jpg" with a quality of 0 to 100, or lossless "png".
+def encode(image: Image.Image, output_format: str, quality: int) -> bytes:
+    """The image as a file's bytes: "webp" or "jpg" with a quality of 0 to 100, or lossless "png".
 
     JPEG has no quality 0 in Pillow, where 0 means the default: it is encoded at 1.
     """
     buffer = io.BytesIO()
     if output_format == "webp":
-        picture.save(buffer, "WEBP", quality=quality, method=WEBP_METHOD)
+        image.save(buffer, "WEBP", quality=quality, method=WEBP_METHOD)
     elif output_format == "jpg":
-        picture.save(buffer, "JPEG", quality=max(1, quality), optimize=True)
+        image.save(buffer, "JPEG", quality=max(1, quality), optimize=True)
     else:
-        picture.save(buffer, "PNG", compress_level=4)
+        image.save(buffer, "PNG", compress_level=4)
     return buffer.getvalue()

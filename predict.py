@@ -43,7 +43,7 @@ class Predictor(BasePredictor):
         settings = Settings.from_env(os.environ)
         import torch  # not above: its import takes seconds and writes lines that configure_logging quiets
 
-        from engine.hub import local_models
+        from engine.hub import fetch_profiles
         from engine.profiles import choose_profile, model_profiles
         from engine.start import start_engine
         from lora_loading.finding.store import open_store
@@ -61,7 +61,7 @@ class Predictor(BasePredictor):
         self.plain_http_hosts = settings.trusted_hosts
         self.adapters = AdapterCache(ADAPTER_CACHE_BYTES)
         profiles = model_profiles(profile, settings)
-        profiles = local_models(profiles, settings.hugging_face_token, settings.hugging_face_endpoint)
+        profiles = fetch_profiles(profiles, settings.hugging_face_token, settings.hugging_face_endpoint)
         self.engine = start_engine(profiles, settings, device)
         self.outputs = OutputFolder()
         logger.info("ready in %.1f s", time.monotonic() - started)
@@ -182,7 +182,7 @@ class Predictor(BasePredictor):
             description="CivitAI API token. Needed when a LoRA's download asks for a login.",
         ),
     ) -> List[Path]:
-        """Return the pictures' files, in order; they live until the next prediction."""
+        """Return the images' files, in order; they live until the next prediction."""
         try:
             started = time.monotonic()
             refuse_unchecked(disable_safety_checker, self.safety_required)
@@ -214,14 +214,14 @@ class Predictor(BasePredictor):
             stack = self._adapters(request, hf_api_token, civitai_api_token)
             folder = self.outputs.fresh()
             gate = Gate(self.checker)
-            with ThreadPoolExecutor(max_workers=1) as beside:  # a picture is encoded while the next one is made
-                pictures = self.engine.generate(request, stack)
-                passing = enumerate(pictures) if disable_safety_checker else gate.passing(pictures)
-                written = [beside.submit(write, folder, index, picture, request) for index, picture in passing]
+            with ThreadPoolExecutor(max_workers=1) as encoder:  # an image is encoded while the next one is made
+                images = self.engine.generate(request, stack)
+                passing = enumerate(images) if disable_safety_checker else gate.passing(images)
+                written = [encoder.submit(write, folder, index, output, request) for index, output in passing]
             files = [Path(file.result()) for file in written]
             self._report(gate)
             gate.require_one()
-            logger.info("pictures made: %d, in %.1f s", len(files), time.monotonic() - started)
+            logger.info("images made: %d, in %.1f s", len(files), time.monotonic() - started)
             return files
         except BaseException as error:  # a cancellation too, which is no Exception
             self.outputs.clear()
@@ -284,10 +284,10 @@ class OutputFolder:
         self._current = None
 
 
-def write(folder: pathlib.Path, index: int, picture: "Image", request: GenerationRequest) -> pathlib.Path:
-    """Encode a picture into a new file of the folder."""
+def write(folder: pathlib.Path, index: int, image: "Image", request: GenerationRequest) -> pathlib.Path:
+    """Encode an image into a new file of the folder."""
     file = folder / f"{folder.name}-{index}.{request.output_format}"
-    file.write_bytes(encode(picture, request.output_format, request.output_quality))
+    file.write_bytes(encode(image, request.output_format, request.output_quality))
     return file
 
 
@@ -322,7 +322,7 @@ def refuse_unchecked(disabled: bool, required: bool) -> None:
     """
     if disabled and required:
         raise InputError(
-            "disable_safety_checker is set, but this server checks every picture. Leave disable_safety_checker false."
+            "disable_safety_checker is set, but this server checks every image. Leave disable_safety_checker false."
         )
 
 
@@ -346,4 +346,4 @@ def uploaded(file: Optional[pathlib.Path], name: str) -> Optional[pathlib.Path]:
         path = pathlib.Path(file).resolve()
         if path.is_file() and path.is_relative_to(pathlib.Path(tempfile.gettempdir()).resolve()):
             return path
-    raise InputError(f"{name} is not an uploaded file. Give an http(s) address or a data URI of a picture.")
+    raise InputError(f"{name} is not an uploaded file. Give an http(s) address or a data URI of an image.")

@@ -95,7 +95,7 @@ class GenerationRequest:
     image: Image.Image | None = None
     """RGB, at `size`; present for img2img and inpaint."""
     mask: Image.Image | None = None
-    """"L", at `size`, white where the picture is repainted; present for inpaint."""
+    """"L", at `size`, white where the image is repainted; present for inpaint."""
     go_fast: bool = False
     """Whether the transformer runs in fp8."""
     loras: tuple[tuple[LoraReference, float], ...] = ()
@@ -147,12 +147,12 @@ def build_request(
     extra = _parsed(extra_lora, plain_http_hosts)
     mode = _mode(image, mask)
     notes: list[str] = []
-    picture = open_image(image) if image is not None else None
-    if picture is not None:
-        size = Size.from_sides(*picture.size)
+    opened = open_image(image) if image is not None else None
+    if opened is not None:
+        size = Size.from_sides(*opened.size)
     else:
         size = _size_of_text_to_image(aspect_ratio, width, height, megapixels)
-    custom = picture is None and aspect_ratio == "custom"
+    custom = opened is None and aspect_ratio == "custom"
     if go_fast and custom:
         notes.append("go_fast is not used: a custom size runs in the original precision")
     return GenerationRequest(
@@ -163,11 +163,11 @@ def build_request(
         num_outputs=int(num_outputs),
         num_inference_steps=int(num_inference_steps),
         guidance_scale=float(guidance_scale),
-        strength=1.0 if picture is None else prompt_strength,
+        strength=1.0 if opened is None else prompt_strength,
         seed=random_seed() if seed is None or seed < 0 else int(seed) % SEED_RANGE,
         output_format=output_format,
         output_quality=int(output_quality),
-        image=None if picture is None else _fitted(picture, size),
+        image=None if opened is None else _fitted(opened, size),
         mask=None if mask is None else _fitted(open_mask(mask), size),
         go_fast=go_fast and not custom,
         loras=_used((main, lora_scale), (extra, extra_lora_scale)),
@@ -192,9 +192,9 @@ def _size_of_text_to_image(aspect_ratio: str, width: int | None, height: int | N
     return Size.from_sides(int(width), int(height))
 
 
-def _fitted(picture: Image.Image, size: Size) -> Image.Image:
+def _fitted(image: Image.Image, size: Size) -> Image.Image:
     wanted = (size.width, size.height)
-    return picture if picture.size == wanted else picture.resize(wanted, Image.Resampling.LANCZOS)
+    return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)
 
 
 def _parsed(text: str | None, plain_http_hosts: frozenset[str]) -> LoraReference | None:

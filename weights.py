@@ -25,7 +25,16 @@ from errors import DiskError, DownloadError, HttpStatusError
 from fetching.containers import check_safetensors, copy_only_safetensors
 from fetching.download import Downloaded, Limits, Progress, download
 from fetching.network import Client
-from fetching.store import Entry, Room, Store, closed_on_error, digest_of_file, free_bytes_of, megabytes, read_entry
+from fetching.store import (
+    DiskQuota,
+    Entry,
+    Store,
+    closed_on_error,
+    digest_of_file,
+    free_bytes_of,
+    megabytes,
+    read_entry,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +94,7 @@ class WeightsCache:
         client: Client,
         *,
         limits: Limits | None = None,
-        room: Room | None = None,
+        quota: DiskQuota | None = None,
         now: Callable[[], float] = time.time,
         free_bytes: Callable[[Path], int] = free_bytes_of,
     ) -> None:
@@ -97,7 +106,7 @@ class WeightsCache:
         self._client = client
         self._limits = limits or Limits()
         self._now = now
-        self._store = Store(folder, room or Room(), now, free_bytes)
+        self._store = Store(folder, quota or DiskQuota(), now, free_bytes)
         self._store.sweep()
 
     @contextmanager
@@ -114,7 +123,7 @@ class WeightsCache:
             LoraFormatError: what came is no safetensors file.
         """
         started = time.monotonic()
-        line = self._store.line_of(key, access)
+        line = self._store.index_path(key, access)
         hold, entry, outcome = self._find(line) or self._find_or_fetch(line, locate)
         with hold:
             seconds = time.monotonic() - started

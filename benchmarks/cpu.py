@@ -32,7 +32,7 @@ from engine.fp8 import WEIGHT_ONLY
 from engine.precision import RESERVED_RANK
 from engine.working_copy import WorkingCopy, WorkingCopyAdapters
 from logs import configure_logging
-from lora_loading.applying.manager import Carrier, ComponentAdapters, Stack
+from lora_loading.applying.manager import AdaptedComponent, ComponentAdapters, Stack
 from lora_loading.shapes import TRANSFORMER
 from predict import Predictor
 from request import Mode
@@ -63,7 +63,7 @@ def defaults() -> dict[str, Any]:
 
 
 def overhead(predictor: Predictor, mode: Mode, inputs: dict[str, Path]) -> tuple[float, float]:
-    """Median seconds of predict() and of a bare call of the same diffusers pipeline, one 512x512 picture."""
+    """Median seconds of predict() and of a bare call of the same diffusers pipeline, one 512x512 image."""
     model = predictor.engine.exact.models["dev"]
     pipeline = model.pipelines[mode]
     opened = {name: Image.open(path) for name, path in inputs.items()}
@@ -77,12 +77,12 @@ def overhead(predictor: Predictor, mode: Mode, inputs: dict[str, Path]) -> tuple
     given |= {name: cog.Path(path) for name, path in inputs.items()}
 
     def bare() -> None:
-        picture = pipeline(
+        image = pipeline(
             PROMPT, width=SIDE, height=SIDE, num_inference_steps=STEPS, guidance_scale=3.0,
             max_sequence_length=model.profile.max_prompt_tokens, generator=torch.Generator().manual_seed(1),
             **arguments,
         ).images[0]  # fmt: skip
-        picture.save(io.BytesIO(), "WEBP", quality=80)
+        image.save(io.BytesIO(), "WEBP", quality=80)
 
     ours, theirs = in_turn(lambda: predictor.predict(**given), bare)
     return ours, theirs
@@ -106,7 +106,7 @@ def graphs(fast: bool) -> tuple[int, int]:
     """How many graphs the warm-up compiles, and how many are added by twenty swaps over five sizes and two models."""
     torch._dynamo.reset()
     models = {name: real_depth_transformer(seed) for seed, name in enumerate(("dev", "schnell"))}
-    carriers: dict[str, Carrier]
+    carriers: dict[str, AdaptedComponent]
     if fast:
         working_copy = WorkingCopy(models, WEIGHT_ONLY, torch.device("cpu"))
         carriers = {name: WorkingCopyAdapters(name, working_copy) for name in models}
@@ -147,15 +147,15 @@ def random_inputs(model: FluxTransformer2DModel, tokens: int, text: int = 12) ->
 
 
 def photograph() -> Image.Image:
-    """A picture of 1024x1024 with smooth shading and fine grain, as a photograph has."""
+    """An image of 1024x1024 with smooth shading and fine grain, as a photograph has."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).resize((1024, 1024), Image.Resampling.BICUBIC)
     grain = rng.normal(0, 6, (1024, 1024, 1))
     return Image.fromarray(np.uint8(np.clip(np.asarray(coarse, dtype=float) + grain, 0, 255)))
 
 
-def encoder_rows(picture: Image.Image) -> list[str]:
-    """A table row per encoder setting: milliseconds and bytes for one picture of 1024x1024."""
+def encoder_rows(image: Image.Image) -> list[str]:
+    """A table row per encoder setting: milliseconds and bytes for one image of 1024x1024."""
     settings: dict[str, tuple[str, dict[str, Any]]] = {
         f"webp method {method}": ("WEBP", {"quality": 80, "method": method}) for method in (0, 1, 2, 3, 4, 6)
     }
@@ -165,7 +165,7 @@ def encoder_rows(picture: Image.Image) -> list[str]:
 
     def encoded(kind: str, options: dict[str, Any]) -> int:
         buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
+        image.save(buffer, kind, **options)
         return buffer.tell()
 
     calls = [partial(encoded, kind, options) for kind, options in settings.values()]
@@ -216,7 +216,7 @@ def main() -> None:
         "|---|---|---|",
         *(f"| {name} | {warm} | {more} |" for name, (warm, more) in compiled.items()),
         "",
-        "## Encoders: a photograph-like picture of 1024x1024, quality 80",
+        "## Encoders: a photograph-like image of 1024x1024, quality 80",
         "",
         "| encoder | ms | KiB |",
         "|---|---|---|",

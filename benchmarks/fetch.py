@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fetching.network import Client
-from fetching.store import Room
+from fetching.store import DiskQuota
 from weights import Source, WeightsCache
 
 ROUNDS = 7
@@ -75,7 +75,7 @@ def ways(address: str, folder: Path) -> dict[str, Callable[[], object]]:
 
     def ours() -> None:
         authority = address.split("/")[2]
-        cache = WeightsCache(folder / "cache", Client(frozenset({authority})), room=Room(0))
+        cache = WeightsCache(folder / "cache", Client(frozenset({authority})), quota=DiskQuota(0))
         with cache.open("x", "", lambda: Source("x", address)):
             pass
 

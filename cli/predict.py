@@ -127,8 +127,8 @@ def run(pairs: list[tuple[str, str]], output: Path) -> list[Path]:
 
 
 def main() -> None:
-    """The command line. Exit status: 0 pictures written, 1 a wrong input or a failed prediction, 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="script/predict", description="Make pictures.", epilog=f"Example: {EXAMPLE}")
+    """The command line. Exit status: 0 images written, 1 a wrong input or a failed prediction, 2 wrong usage."""
+    parser = argparse.ArgumentParser(prog="script/predict", description="Make images.", epilog=f"Example: {EXAMPLE}")
     parser.add_argument(
         "-i",
         "--input",
@@ -138,7 +138,7 @@ def main() -> None:
         metavar="NAME=VALUE",
         help="an input; @FILE for a file",
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="where the pictures go")
+    parser.add_argument("-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="where the images go")
     arguments = parser.parse_args()
     started = time.monotonic()
     try:

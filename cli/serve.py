@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="script/serve", description="Serve predictions over HTTP, as the image does.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (default 5000)")
-    parser.add_argument("--upload-url", help="PUT the pictures there instead of returning data URIs")
+    parser.add_argument("--upload-url", help="PUT the images there instead of returning data URIs")
     arguments = parser.parse_args()
     extra = ("--upload-url", arguments.upload_url) if arguments.upload_url else ()
     server = start_server(arguments.host, arguments.port, extra=extra)

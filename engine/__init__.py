@@ -1,1 +1,1 @@
-"""FLUX.1 itself: where its parts come from, and how they turn a request into pictures."""
+"""FLUX.1 itself: where its parts come from, and how they turn a request into images."""

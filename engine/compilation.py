@@ -10,9 +10,9 @@ choice: they hold one size each, and not between threads.
 
 What makes a graph too narrow, so that another size compiles anew:
 - Two sizes that are equal in the first call are taken for one variable. Image tokens, text tokens, both together,
-  the width and a head's width must all differ there. A picture of 1024x1024 gives 4096, 512, 4608, 3072 and 128: the
+  the width and a head's width must all differ there. An image of 1024x1024 gives 4096, 512, 4608, 3072 and 128: the
   one shape to warm up with, of each precision, with and without adapters beside the weights. A second one adds nothing.
-- A size of 1 is never a variable: a picture of 16x16, one token, gets graphs of its own at its first request.
+- A size of 1 is never a variable: an image of 16x16, one token, gets graphs of its own at its first request.
 - Graphs hold under the grad mode of their first call: warm up by way of the engine, that is in `torch.inference_mode`.
 
 Knows no requests, precisions or adapters.
@@ -41,17 +41,17 @@ from request import Size
 logger = logging.getLogger(__name__)
 
 WARM_UP_SIZE = Size(1024, 1024)
-"""The picture to make first: its graphs serve all sizes, and are tuned for the size that is asked for most."""
+"""The image to make first: its graphs serve all sizes, and are tuned for the size that is asked for most."""
 MAX_GRAPHS = 64
-"""Of one class of blocks. torch's own limit of 8 is met by three kinds of weights, two layouts and one-token pictures,
+"""Of one class of blocks. torch's own limit of 8 is met by three kinds of weights, two layouts and one-token images,
 and to go beyond the limit is an error where the whole block has to be one graph."""
 PACKAGES = ("triton", "diffusers", "torchao")
 """Whose versions the kept graphs depend on, besides torch's."""
 SEAL_BYTES = hashlib.sha256().digest_size
 
 
-def wanted(setting: str, device: torch.device) -> bool:
-    """Whether to compile, by `Settings.compile`: auto is on with CUDA, where a graph pays after some pictures."""
+def should_compile(setting: str, device: torch.device) -> bool:
+    """Whether to compile, by `Settings.compile`: auto is on with CUDA, where a graph pays after some images."""
     return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 

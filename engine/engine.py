@@ -1,6 +1,6 @@
-"""Turn a request into pictures with the loaded models. Knows no inputs, files or safety.
+"""Turn a request into images with the loaded models. Knows no inputs, files or safety.
 
-Pictures are made one after another, each from a generator of its own: a picture then depends on its seed alone and
+Images are made one after another, each from a generator of its own: an image then depends on its seed alone and
 not on how many were asked for, and the first one is ready as early as if it were the only one.
 """
 
@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine.loading import Model
-from engine.memory_plan import EXACT, ROWS, Home, Row
-from engine.offload import visiting
-from engine.out_of_memory import within_memory
+from engine.memory_plan import EXACT, LAYOUTS, Layout, Placement
+from engine.offload import moved_to_device
+from engine.out_of_memory import retry_on_oom
 from engine.precision import Precision
 from errors import ModelError
 from images import composite
@@ -30,7 +30,7 @@ from request import GenerationRequest, Mode
 
 logger = logging.getLogger(__name__)
 
-EVERYTHING_ON_THE_DEVICE = ROWS[0]
+EVERYTHING_ON_THE_DEVICE = LAYOUTS[0]
 PROMPTS_KEPT = 32
 """Encoded prompts in the device's memory: 4 MB each for FLUX.1 [dev]."""
 
@@ -39,7 +39,7 @@ class Engine:
     """The loaded models in their precisions, and the one way to use them."""
 
     def __init__(
-        self, exact: Precision, fast: Precision | None, device: torch.device, layout: Row = EVERYTHING_ON_THE_DEVICE
+        self, exact: Precision, fast: Precision | None, device: torch.device, layout: Layout = EVERYTHING_ON_THE_DEVICE
     ) -> None:
         """Take the models over.
 
@@ -56,7 +56,7 @@ class Engine:
         self._prompts: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
     def generate(self, request: GenerationRequest, stack: Stack = ()) -> Iterator[Image.Image]:
-        """Yield `request.num_outputs` RGB pictures of `request.size`, in order.
+        """Yield `request.num_outputs` RGB images of `request.size`, in order.
 
         Args:
             request: what to make.
@@ -74,14 +74,14 @@ class Engine:
         pipeline = model.pipelines[request.mode]
         gain = precision.lora_gain if request.go_fast else 1.0
         stack = [(adapter, strength * gain) for adapter, strength in stack]
-        prompt_embeds, pooled = within_memory(lambda: self._prepared(precision, model, stack, request), request.size)
+        prompt_embeds, pooled = retry_on_oom(lambda: self._prepared(precision, model, stack, request), request.size)
         with self._at_hand(precision, pipeline.transformer):
             for index in range(request.num_outputs):
                 make = partial(self._denoise, pipeline, model, request, index, prompt_embeds, pooled)
-                picture = within_memory(make, request.size)
+                image = retry_on_oom(make, request.size)
                 if request.image is not None and request.mask is not None:
-                    picture = composite(request.image, picture, request.mask)
-                yield picture
+                    image = composite(request.image, image, request.mask)
+                yield image
 
     def _precision(self, request: GenerationRequest) -> Precision:
         if request.go_fast and self.fast is None:
@@ -95,7 +95,7 @@ class Engine:
         self, precision: Precision, model: Model, stack: Stack, request: GenerationRequest
     ) -> tuple[Tensor, Tensor]:
         """Have the models carry the stack; the encoded prompt."""
-        if precision is self.exact and self.fast is not None and self._layout.working_copy is Home.TURNS:
+        if precision is self.exact and self.fast is not None and self._layout.working_copy is Placement.ON_DEMAND:
             self.fast.release()
         adapters = precision.adapters[request.model]
         adapters.apply(stack)
@@ -103,8 +103,8 @@ class Engine:
 
     def _at_hand(self, precision: Precision, transformer: nn.Module) -> AbstractContextManager[None]:
         """Have the transformer on the device; fp8 ones always are."""
-        away = precision is self.exact and self._layout.pristine is Home.TURNS
-        return visiting([transformer] if away else [], self._device)
+        away = precision is self.exact and self._layout.pristine is Placement.ON_DEMAND
+        return moved_to_device([transformer] if away else [], self._device)
 
     @torch.inference_mode()
     def _encoded(self, model: Model, adapters: AdapterManager, prompt: str) -> tuple[Tensor, Tensor]:
@@ -117,9 +117,9 @@ class Engine:
             logger.warning(
                 "the prompt has %d tokens, of which %s reads the first %d", tokens, model.profile.name, limit
             )
-        key = (prompt, limit, adapters.carried(CLIP), adapters.carried(T5))
+        key = (prompt, limit, adapters.active_stack(CLIP), adapters.active_stack(T5))
         if key not in self._prompts:
-            with visiting([pipeline.text_encoder, pipeline.text_encoder_2], self._device):
+            with moved_to_device([pipeline.text_encoder, pipeline.text_encoder_2], self._device):
                 prompt_embeds, pooled, _ = pipeline.encode_prompt(
                     prompt=for_clip, prompt_2=for_t5, device=self._device, max_sequence_length=limit
                 )
@@ -155,7 +155,7 @@ class Engine:
             **from_image,
             **from_mask,
         ).images[0]
-        return _to_picture(pixels)
+        return _to_image(pixels)
 
 
 def denoising_steps(request: GenerationRequest) -> int:
@@ -164,7 +164,7 @@ def denoising_steps(request: GenerationRequest) -> int:
     return steps - int(max(steps - min(steps * request.strength, steps), 0))
 
 
-def _to_picture(pixels: Tensor) -> Image.Image:
+def _to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] -> RGB.
 
     Raises:

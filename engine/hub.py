@@ -24,7 +24,7 @@ from errors import SettingsError
 logger = logging.getLogger(__name__)
 
 
-def local_models(
+def fetch_profiles(
     profiles: tuple[ModelProfile, ...], token: str | None, endpoint: str | None, cache_dir: Path = Path(HF_HUB_CACHE)
 ) -> tuple[ModelProfile, ...]:
     """The same profiles with local folders for sources, each complete, after fetching what is missing.

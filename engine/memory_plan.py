@@ -1,9 +1,9 @@
 """Decide from sizes alone what of a profile lives on the device, what in host memory, and which precisions that serves.
 
 FLUX.1 [dev] and [schnell] in their original precision take 47.6 GB, the fp8 copy that both share 12.1 GB, the text
-encoders 9.8 GB and the VAE 0.2 GB; a picture of 1440x1440 takes 4.2 GB more while it is decoded. `ROWS` says how that
+encoders 9.8 GB and the VAE 0.2 GB; an image of 1440x1440 takes 4.2 GB more while it is decoded. `LAYOUTS` says how that
 is laid out, best first, and the first row that fits is the plan. A row needs room for what stays on the device, and
-beside it for the larger of two moments, with what has to come in for each: a prompt is encoded, or a picture is made.
+beside it for the larger of two moments, with what has to come in for each: a prompt is encoded, or an image is made.
 
 Where fp8 saves memory but no time (weight-only, below compute capability 8.9) the rows are the same: `go_fast` stays a
 precision of its own, which merges LoRAs, and a small card serves nothing but fp8. Where fp8 does not work at all, what
@@ -41,11 +41,11 @@ RESERVE_BYTES = 1_500_000_000
 EXACT, FAST = "exact", "fast"
 
 
-class Home(Enum):
+class Placement(Enum):
     """Where a part lives."""
 
     DEVICE = "on the device"
-    TURNS = "in host memory, on the device while in use"
+    ON_DEMAND = "in host memory, on the device while in use"
     HOST = "in host memory"
 
 
@@ -64,24 +64,30 @@ class Sizes:
     checker: int
     """The safety checker's weights."""
     activations: int
-    """The most that is alive besides weights while a picture is made: see `activation_bytes`."""
+    """The most that is alive besides weights while an image is made: see `activation_bytes`."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Layout:
     """One way to lay the parts out. The VAE and the checker stay on the device in all of them."""
 
     name: str
-    pristine: Home
-    working_copy: Home
-    text_encoders: Home
+    pristine: Placement
+    working_copy: Placement
+    text_encoders: Placement
     precisions: tuple[str, ...]
 
 
-ROWS = (
-    Row("everything on the device", Home.DEVICE, Home.DEVICE, Home.DEVICE, (EXACT, FAST)),
-    Row("one transformer on the device at a time", Home.TURNS, Home.TURNS, Home.DEVICE, (EXACT, FAST)),
-    Row("fp8 alone, so exact requests are served in fp8", Home.HOST, Home.DEVICE, Home.TURNS, (FAST,)),
+LAYOUTS = (
+    Layout("everything on the device", Placement.DEVICE, Placement.DEVICE, Placement.DEVICE, (EXACT, FAST)),
+    Layout(
+        "one transformer on the device at a time",
+        Placement.ON_DEMAND, Placement.ON_DEMAND, Placement.DEVICE, (EXACT, FAST),
+    ),
+    Layout(
+        "fp8 alone, so exact requests are served in fp8",
+        Placement.HOST, Placement.DEVICE, Placement.ON_DEMAND, (FAST,),
+    ),
 )  # fmt: skip
 """Best first. Usual cards: 80 GB; 40 and 48 GB; 24 GB."""
 
@@ -90,7 +96,7 @@ ROWS = (
 class Plan:
     """What lives where. Its text is one line for the log."""
 
-    row: Row
+    row: Layout
     sizes: Sizes
     precisions: tuple[str, ...]
     """What is served; a request for another precision gets the one that is."""
@@ -104,7 +110,7 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """What has to fit into the host's memory."""
-        return sum(size for _, home, size in movable_parts(self.row, self.sizes) if home is not Home.DEVICE)
+        return sum(size for _, home, size in movable_parts(self.row, self.sizes) if home is not Placement.DEVICE)
 
     def __str__(self) -> str:
         sizes, row = self.sizes, self.row
@@ -132,7 +138,7 @@ def plan_residency(sizes: Sizes, device_bytes: int | None) -> Plan:
         SettingsError: no row fits.
     """
     needs: list[int] = []
-    for row in ROWS:
+    for row in LAYOUTS:
         precisions = tuple(p for p in row.precisions if p != FAST or sizes.working_copy)
         if not precisions:
             continue
@@ -142,13 +148,13 @@ def plan_residency(sizes: Sizes, device_bytes: int | None) -> Plan:
             return Plan(row, sizes, precisions, needed, device_bytes, reason)
         needs.append(needed)
     raise SettingsError(
-        f"The profile's models need a device with {_gigabytes(min(needs))} of memory at least, for pictures up to "
+        f"The profile's models need a device with {_gigabytes(min(needs))} of memory at least, for images up to "
         f"{LARGEST.width}x{LARGEST.height}; this one has {_gigabytes(device_bytes or 0)}. "
         "Use a larger device, or set FLUX_PROFILE to tiny."
     )
 
 
-def movable_parts(row: Row, sizes: Sizes) -> list[tuple[str, Home, int]]:
+def movable_parts(row: Layout, sizes: Sizes) -> list[tuple[str, Placement, int]]:
     """Name, home and bytes of the parts whose homes differ between the rows; of those only that there are."""
     parts = (
         ("transformers", row.pristine, sum(sizes.pristine)),
@@ -158,14 +164,14 @@ def movable_parts(row: Row, sizes: Sizes) -> list[tuple[str, Home, int]]:
     return [part for part in parts if part[2]]
 
 
-def needed_bytes(row: Row, sizes: Sizes) -> int:
+def needed_bytes(row: Layout, sizes: Sizes) -> int:
     """The most that a row has on the device at any time."""
-    staying = sum(size for _, home, size in movable_parts(row, sizes) if home is Home.DEVICE)
+    staying = sum(size for _, home, size in movable_parts(row, sizes) if home is Placement.DEVICE)
     staying += sizes.vae + sizes.checker + RESERVE_BYTES
-    exact = max(sizes.pristine) if row.pristine is Home.TURNS else 0
-    fast = sizes.working_copy if row.working_copy is Home.TURNS else 0
+    exact = max(sizes.pristine) if row.pristine is Placement.ON_DEMAND else 0
+    fast = sizes.working_copy if row.working_copy is Placement.ON_DEMAND else 0
     beside = sizes.adapters if EXACT in row.precisions else 0
-    encoding = sizes.text_encoders if row.text_encoders is Home.TURNS else 0
+    encoding = sizes.text_encoders if row.text_encoders is Placement.ON_DEMAND else 0
     return staying + max(encoding, max(exact + beside, fast) + sizes.activations)
 
 
@@ -242,7 +248,7 @@ def adapter_bytes(transformer: nn.Module, rank: int) -> int:
 
 
 def activation_bytes(transformer: FluxTransformer2DModel, vae: ModelMixin, size: Size, text_tokens: int) -> int:
-    """The most that is alive besides weights while one picture is made, one at a time: the larger of two moments.
+    """The most that is alive besides weights while one image is made, one at a time: the larger of two moments.
 
     A block of the transformer, in units of its states, (tokens, width) in bf16. Before its last product, a single block
     holds the states (1), the attention's result (1), the MLP's (4) and both joined (5). Quantised a row at a time

@@ -1,6 +1,6 @@
 """The files that a model's parts are read from, in diffusers layout. Knows names and headers; no network, no classes.
 
-A repository holds more than is read: the same weights in one file for other programs, pictures, other types. What is
+A repository holds more than is read: the same weights in one file for other programs, images, other types. What is
 read is one table; from it follow both what to fetch and what a folder may not lack.
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def visiting(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+def moved_to_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Within, the modules' parameters and buffers are on the device; afterwards they are the very ones from before.
 
     Nothing is copied back, so what is written to them within is lost. Modules that are there already stay untouched.

@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def within_memory(make: Callable[[], T], size: Size) -> T:
+def retry_on_oom(make: Callable[[], T], size: Size) -> T:
     """What `make` returns; where the device's memory does not suffice for it, memory is freed and it is called again.
 
     Args:
-        make: makes one picture, and can be called again: it draws from a generator of its own.
-        size: the picture's, for the error.
+        make: makes one image, and can be called again: it draws from a generator of its own.
+        size: the image's, for the error.
 
     Raises:
         ModelError: it does not suffice the second time either; everything that the tries held is freed by then.
@@ -40,8 +40,8 @@ def within_memory(make: Callable[[], T], size: Size) -> T:
         logger.error("the device's memory did not suffice again: %s", _first_line(error))
     free_memory()
     raise ModelError(
-        f"A picture of {size.width}x{size.height} was asked for; the memory of this server's device does not suffice. "
-        "Ask for a smaller picture, fewer or smaller LoRAs, or try again later."
+        f"An image of {size.width}x{size.height} was asked for; the memory of this server's device does not suffice. "
+        "Ask for a smaller image, fewer or smaller LoRAs, or try again later."
     )
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 import torch
 
-from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, wanted
+from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, should_compile
 from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
 from engine.fp8 import Scheme, choose_scheme
 from engine.loading import Model, load_models
-from engine.memory_plan import EXACT, Home, Row, plan_residency, profile_sizes
+from engine.memory_plan import EXACT, Layout, Placement, plan_residency, profile_sizes
 from engine.offload import pin
 from engine.precision import RESERVED_RANK, Precision, exact_precision, fast_precision
 from engine.profiles import ModelProfile
@@ -47,7 +47,7 @@ def start_engine(profiles: tuple[ModelProfile, ...], settings: Settings, device:
     scheme = choose_scheme(device)
     logger.info("go_fast: %s", scheme.name if scheme else "fp8 does not work on this device, so it runs exact")
     layout = _layout(profiles, scheme, device)
-    compiling = wanted(settings.compile, device)
+    compiling = should_compile(settings.compile, device)
     models = _loaded(profiles, layout, device)
     engine = assemble(models, scheme, device, layout, compiling=compiling, lora_gain=settings.go_fast_lora_gain)
     if compiling:
@@ -59,7 +59,7 @@ def assemble(
     models: Mapping[str, Model],
     scheme: Scheme | None,
     device: torch.device,
-    layout: Row = EVERYTHING_ON_THE_DEVICE,
+    layout: Layout = EVERYTHING_ON_THE_DEVICE,
     *,
     compiling: bool,
     lora_gain: float,
@@ -76,7 +76,7 @@ def assemble(
     return Engine(exact, fast, device, layout)
 
 
-def _layout(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: torch.device) -> Row:
+def _layout(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: torch.device) -> Layout:
     cuda = device.type == "cuda"
     taken = torch.cuda.memory_allocated(device) if cuda else 0
     sizes = profile_sizes(profiles, fp8=scheme is not None, checker_bytes=taken)
@@ -86,9 +86,9 @@ def _layout(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: t
     return plan.row
 
 
-def _loaded(profiles: tuple[ModelProfile, ...], layout: Row, device: torch.device) -> dict[str, Model]:
-    transformers_at = device if layout.pristine is Home.DEVICE else HOST
-    text_encoders_at = device if layout.text_encoders is Home.DEVICE else HOST
+def _loaded(profiles: tuple[ModelProfile, ...], layout: Layout, device: torch.device) -> dict[str, Model]:
+    transformers_at = device if layout.pristine is Placement.DEVICE else HOST
+    text_encoders_at = device if layout.text_encoders is Placement.DEVICE else HOST
     models = load_models(profiles, device, transformers_at, text_encoders_at)
     for model in models.values() if device.type == "cuda" else ():
         pipeline = model.pipelines[Mode.TXT2IMG]
@@ -98,14 +98,14 @@ def _loaded(profiles: tuple[ModelProfile, ...], layout: Row, device: torch.devic
     return models
 
 
-def _warm_up(engine: Engine, layout: Row, cache: CompileCache) -> None:
-    """Make a picture with each kind of graph, compiled now or taken from the cache."""
+def _warm_up(engine: Engine, layout: Layout, cache: CompileCache) -> None:
+    """Make an image with each kind of graph, compiled now or taken from the cache."""
     started = time.monotonic()
     cache.load()
     name = next(iter(engine.exact.models))
     runs: list[tuple[bool, Stack]] = []
     if EXACT in layout.precisions:
-        runs += [(False, ()), (False, [(_nothing(engine.exact, name), 1.0)])]
+        runs += [(False, ()), (False, [(_zero_adapter(engine.exact, name), 1.0)])]
     if engine.fast is not None:
         runs.append((True, ()))
     for go_fast, stack in runs:
@@ -131,7 +131,7 @@ def _warm_up_request(model: str, go_fast: bool) -> GenerationRequest:
     )
 
 
-def _nothing(precision: Precision, model: str) -> LoraAdapter:
+def _zero_adapter(precision: Precision, model: str) -> LoraAdapter:
     """An adapter that changes nothing, and yet has the layers take those that have room for factors."""
     layers = precision.adapters[model].shapes.by_component[TRANSFORMER].values()
     layer = next(layer for layer in layers if len(layer.weight) == 2)

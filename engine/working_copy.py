@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchao.quantization import Float8Tensor
 
 from engine.fp8 import FP8_MULTIPLE, Scheme, write_fp8
-from lora_loading.applying.embeddings import PromptWords
+from lora_loading.applying.embeddings import BundledEmbeddings
 from lora_loading.applying.manager import LayerChanges, Stack, StackKey, changes_by_layer, own_part
 from lora_loading.shapes import TRANSFORMER, adaptable_layers
 from lora_loading.updates import merged
@@ -91,7 +91,7 @@ class WorkingCopy:
         here = parameter.detach().to(self._device)
         return self._scheme.quantise(here) if fp8 else here.clone()
 
-    def carried(self, model: str) -> StackKey | None:
+    def active_stack(self, model: str) -> StackKey | None:
         """What the copy carries if it is this model's; None where it is another's, or unknown."""
         return self._state.stack if self._state is not None and self._state.model == model else None
 
@@ -107,7 +107,7 @@ class WorkingCopy:
     @torch.no_grad()
     def write(self, model: str, stack: Stack, key: StackKey) -> None:
         """Make the copy this model with exactly these adapters; `key` names the stack."""
-        if self.carried(model) == key:
+        if self.active_stack(model) == key:
             return
         layers = self._layers[model]
         changes = changes_by_layer(stack, TRANSFORMER)
@@ -166,14 +166,14 @@ class WorkingCopyAdapters:
     def __init__(self, model: str, working_copy: WorkingCopy) -> None:
         self.name = TRANSFORMER
         self.module: nn.Module = working_copy.transformers[model]
-        self.words: PromptWords | None = None
+        self.words: BundledEmbeddings | None = None
         self._model = model
         self._copy = working_copy
 
     @property
-    def carried(self) -> StackKey | None:
+    def active_stack(self) -> StackKey | None:
         """What the model carries, None while that is unknown or the copy is another model's."""
-        return self._copy.carried(self._model)
+        return self._copy.active_stack(self._model)
 
     def apply(self, stack: Stack) -> None:
         """Make the copy this model with exactly this stack, each adapter once; nothing is done where it is already."""

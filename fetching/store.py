@@ -57,7 +57,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskQuota:
     """How much of the disk the cache may have."""
 
     min_free_bytes: int = 10 * 10**9
@@ -65,15 +65,15 @@ class Room:
 
 
 def plan_eviction(
-    files: Sequence[StoredFile], needed_bytes: int, free_bytes: int, room: Room, held: Set[Path] = frozenset()
+    files: Sequence[StoredFile], needed_bytes: int, free_bytes: int, quota: DiskQuota, held: Set[Path] = frozenset()
 ) -> list[StoredFile]:
     """The least recently used files to remove, in order, so that `needed_bytes` more fit; all, if they do not.
 
     Files in `held` cannot be removed.
     """
-    excess = needed_bytes + room.min_free_bytes - free_bytes
-    if room.max_bytes is not None:
-        excess = max(excess, sum(file.size_bytes for file in files) + needed_bytes - room.max_bytes)
+    excess = needed_bytes + quota.min_free_bytes - free_bytes
+    if quota.max_bytes is not None:
+        excess = max(excess, sum(file.size_bytes for file in files) + needed_bytes - quota.max_bytes)
     plan: list[StoredFile] = []
     for file in sorted((f for f in files if f.path not in held), key=lambda file: file.used_ns):
         if excess <= 0:
@@ -94,7 +94,7 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        room: Room,
+        quota: DiskQuota,
         now: Callable[[], float] = time.time,
         free_bytes: Callable[[Path], int] = free_bytes_of,
     ) -> None:
@@ -103,7 +103,7 @@ class Store:
         Raises:
             OSError: it cannot be made or written.
         """
-        self._room = room
+        self._quota = quota
         self._now = now
         self._free_bytes = free_bytes
         self._blobs, self._index, self._locks, self._partial = (
@@ -126,7 +126,7 @@ class Store:
 
     # The index
 
-    def line_of(self, key: str, access: str) -> Path:
+    def index_path(self, key: str, access: str) -> Path:
         """Where the index says what `key` is to a caller with the token `access`."""
         token = hashlib.sha256(access.encode()).hexdigest() if access else ""
         digest = hashlib.sha256("\n".join((key, token)).encode()).hexdigest()
@@ -201,10 +201,10 @@ class Store:
         Raises:
             DiskError: they do not fit even so.
         """
-        if self._room.max_bytes is not None and needed_bytes > self._room.max_bytes:
+        if self._quota.max_bytes is not None and needed_bytes > self._quota.max_bytes:
             raise DiskError(f"The file has {megabytes(needed_bytes)}, more than the whole cache may have.")
         held: set[Path] = set()
-        while plan := plan_eviction(self._stored(), needed_bytes, self._free_bytes(self._blobs), self._room, held):
+        while plan := plan_eviction(self._stored(), needed_bytes, self._free_bytes(self._blobs), self._quota, held):
             held |= {file.path for file in plan if not self._evict(file)}
         free = self._free_bytes(self._blobs)
         if needed_bytes > free:

@@ -1,1 +1,1 @@
-"""Which pictures may leave: detectors that judge them, and one guard under which doubt means no."""
+"""Which images may leave: detectors that judge them, and one guard under which doubt means no."""

@@ -1,7 +1,7 @@
-"""What a verdict is, and the guard under which no picture passes without a sound one.
+"""What a verdict is, and the guard under which no image passes without a sound one.
 
 Knows no detector, model or file. A detector may be simple and may raise, hang or return nonsense: `FailClosed` turns
-whatever is not a sound verdict into a withheld picture. It is the only place where a failing check is handled.
+whatever is not a sound verdict into a withheld image. It is the only place where a failing check is handled.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 60.0
-"""Twenty times what the slowest detector, strict, takes for a picture on one busy CPU core (3 s)."""
+"""Twenty times what the slowest detector, strict, takes for an image on one busy CPU core (3 s)."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check of one picture found."""
+    """What the check of one image found."""
 
     flagged: bool
-    """Whether the picture is withheld."""
+    """Whether the image is withheld."""
     scores: tuple[tuple[str, float], ...]
     """The numbers that decided, by name, for the log."""
     reason: str = ""
-    """Why it is withheld, in words; empty for a picture that passes."""
+    """Why it is withheld, in words; empty for an image that passes."""
     failed: bool = False
-    """Whether it is withheld because the check itself failed, which says nothing about the picture."""
+    """Whether it is withheld because the check itself failed, which says nothing about the image."""
 
     def __str__(self) -> str:
         scores = ", ".join(f"{name} {score:.3f}" for name, score in self.scores)
@@ -42,12 +42,12 @@ class Verdict:
 
 
 class SafetyChecker(Protocol):
-    """Judges pictures and never alters them."""
+    """Judges images and never alters them."""
 
     name: str
 
     def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict a picture, in order; every verdict names the scores that it rests on. May raise."""
+        """Return one verdict an image, in order; every verdict names the scores that it rests on. May raise."""
         ...
 
 
@@ -68,7 +68,7 @@ class Pending:
 
 
 class FailClosed:
-    """A checker that always answers: one sound verdict a picture, withheld wherever the detector gave none."""
+    """A checker that always answers: one sound verdict an image, withheld wherever the detector gave none."""
 
     def __init__(self, detector: SafetyChecker, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self.name = detector.name
@@ -78,7 +78,7 @@ class FailClosed:
         self._hanging: Pending | None = None
 
     def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict a picture, in order. Raises nothing but a cancellation."""
+        """Return one verdict an image, in order. Raises nothing but a cancellation."""
         return self.finish(self.begin(images)).verdicts
 
     def begin(self, images: Sequence[Image.Image]) -> Pending:
@@ -103,9 +103,7 @@ class FailClosed:
             error = late
         if error is None:
             return pending.answer.result()
-        logger.error(
-            "the safety check %s failed, pictures withheld: %d", self.name, len(pending.images), exc_info=error
-        )
+        logger.error("the safety check %s failed, images withheld: %d", self.name, len(pending.images), exc_info=error)
         return _all_withheld(pending, f"the check failed: {type(error).__name__}")
 
     def _run(self, pending: Pending) -> None:
@@ -133,7 +131,7 @@ def sound(verdicts: object, count: int) -> list[Verdict]:
     """Return exactly `count` verdicts: those given where each is sound, else withheld ones."""
     if not isinstance(verdicts, list) or len(verdicts) != count:
         found = f"{len(verdicts)} verdicts" if isinstance(verdicts, list) else type(verdicts).__name__
-        return [withheld(f"the check returned {found} for {count} pictures")] * count
+        return [withheld(f"the check returned {found} for {count} images")] * count
     return [_sound_one(verdict) for verdict in verdicts]
 
 

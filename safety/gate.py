@@ -1,4 +1,4 @@
-"""The way out: pictures are checked while the next one is made, and only those that pass go on."""
+"""The way out: images are checked while the next one is made, and only those that pass go on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Gate:
-    """One prediction's pictures on their way out, counted."""
+    """One prediction's images on their way out, counted."""
 
     def __init__(self, checker: FailClosed) -> None:
         self._checker = checker
@@ -23,19 +23,19 @@ class Gate:
         self.failed = 0
         """How many of the withheld ones are so because their check failed."""
         self.seconds = 0.0
-        """What the checks took in all; mostly beside the making of the next picture."""
+        """What the checks took in all; mostly beside the making of the next image."""
 
-    def passing(self, pictures: Iterable[Image.Image]) -> Iterator[tuple[int, Image.Image]]:
-        """Yield the index and the picture of each that passes, in order; log the others and drop them.
+    def passing(self, images: Iterable[Image.Image]) -> Iterator[tuple[int, Image.Image]]:
+        """Yield the index and the image of each that passes, in order; log the others and drop them.
 
-        A picture is checked while the next one is made, so each comes out one later than it went in.
+        An image is checked while the next one is made, so each comes out one later than it went in.
         """
         before: tuple[int, Image.Image, Pending] | None = None
-        for index, picture in enumerate(pictures):
-            pending = self._checker.begin([picture])
+        for index, image in enumerate(images):
+            pending = self._checker.begin([image])
             if before is not None and self._passes(before[0], before[2]):
                 yield before[:2]
-            before = (index, picture, pending)
+            before = (index, image, pending)
         if before is not None and self._passes(before[0], before[2]):
             yield before[:2]
 
@@ -51,10 +51,10 @@ class Gate:
     def _withhold(self, index: int, verdict: Verdict) -> None:
         self.withheld += 1
         self.failed += verdict.failed
-        logger.warning("picture %d withheld by %s: %s", index, self._checker.name, verdict)
+        logger.warning("image %d withheld by %s: %s", index, self._checker.name, verdict)
 
     def require_one(self) -> None:
-        """Raise unless a picture passed.
+        """Raise unless an image passed.
 
         Raises:
             UnsafeOutputError: all were withheld.
@@ -64,7 +64,7 @@ class Gate:
 
 
 def _advice(withheld: int, failed: int) -> str:
-    which = "The picture was" if withheld == 1 else f"All {withheld} pictures were"
+    which = "The image was" if withheld == 1 else f"All {withheld} images were"
     if failed:
         return (
             f"{which} withheld because the safety check could not be completed for {failed} of {withheld}. "

@@ -3,8 +3,8 @@
 
 The model gives one probability, "not safe for work", meant for nudity in photographs. Its authors call scores below
 0.2 likely safe and above 0.8 highly likely not. Ours is 0.4: twice the highest score of everything harmless measured
-here (35 photographs at most 0.18, plain colours at most 0.20, the tiny model's pictures at most 0.03), and below the
-0.5 of the package, because in doubt a picture is withheld.
+here (35 photographs at most 0.18, plain colours at most 0.20, the tiny model's images at most 0.03), and below the
+0.5 of the package, because in doubt an image is withheld.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Array = npt.NDArray[np.float32]
 
 
 class EmbeddedChecker:
-    """open_nsfw on the CPU, in one thread: 24 ms a picture on one core, and no faster in batches."""
+    """open_nsfw on the CPU, in one thread: 24 ms an image on one core, and no faster in batches."""
 
     name = "embedded"
 
     def __init__(self, model: bytes) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # its threads would spin beside the denoising of the next picture
+        options.intra_op_num_threads = 1  # its threads would spin beside the denoising of the next image
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
 
     def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict a picture."""
+        """Return one verdict an image."""
         batch = np.stack([prepare(image) for image in images])
         probabilities = self._session.run(None, {self._input: batch})[0]  # (B, 2): safe, not safe
         return [judge(float(row[1])) for row in probabilities]

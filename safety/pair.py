@@ -1,11 +1,11 @@
 """The checker of the full profile: a pair, of which the first flags and the second may clear what the first flagged.
 
-First, CompVis/stable-diffusion-safety-checker compares CLIP's embedding of a picture with 17 concepts, each with a
-threshold of its own, which are lowered a little for pictures close to one of 3 further concepts ("special care").
+First, CompVis/stable-diffusion-safety-checker compares CLIP's embedding of an image with 17 concepts, each with a
+threshold of its own, which are lowered a little for images close to one of 3 further concepts ("special care").
 Second, Falconsai/nsfw_image_detection is asked about what the first flagged. The second was added against false
 alarms: the pair withholds what both find unsafe, and is therefore more permissive than its first stage alone.
 
-Published preprocessing is kept: the first stage sees the middle square of a picture, the second all of it, squeezed.
+Published preprocessing is kept: the first stage sees the middle square of an image, the second all of it, squeezed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ VIT_PIXELS = Preprocessing(size=224, keep_aspect=False, resample=Image.Resamplin
 
 @dataclass(frozen=True)
 class Margins:
-    """How far a picture is beyond the nearest threshold, a cosine; not above 0 means free of it."""
+    """How far an image is beyond the nearest threshold, a cosine; not above 0 means free of it."""
 
     concept: float
     care: float
@@ -66,11 +66,11 @@ class Concepts(Protocol):
     """The first stage."""
 
     def margins(self, images: Sequence[Image.Image]) -> list[Margins]:
-        """One a picture."""
+        """One an image."""
         ...
 
     def looking_for(self, image: Image.Image) -> Concepts:
-        """A copy that looks for this very picture, for the self-test."""
+        """A copy that looks for this very image, for the self-test."""
         ...
 
 
@@ -78,12 +78,12 @@ class Opinion(Protocol):
     """The second stage."""
 
     def unsafe(self, images: Sequence[Image.Image]) -> list[float]:
-        """The probability that it is not safe, one a picture."""
+        """The probability that it is not safe, one an image."""
         ...
 
 
 class ClipConcepts:
-    """The published checker's weights, without its `forward`, which blackens pictures and lets NaN pass."""
+    """The published checker's weights, without its `forward`, which blackens images and lets NaN pass."""
 
     def __init__(self, model: StableDiffusionSafetyChecker, how: Preprocessing = CLIP_PIXELS) -> None:
         self._model = model
@@ -91,7 +91,7 @@ class ClipConcepts:
 
     @torch.inference_mode()
     def margins(self, images: Sequence[Image.Image]) -> list[Margins]:
-        """One a picture. Not rounded as in the published class, so never on the other side where that one flags."""
+        """One an image. Not rounded as in the published class, so never on the other side where that one flags."""
         embeds = self.embeddings(images)
         model = self._model
         care = excess(embeds, model.special_care_embeds, model.special_care_embeds_weights)  # (B, 3)
@@ -108,7 +108,7 @@ class ClipConcepts:
         return embeds
 
     def looking_for(self, image: Image.Image, threshold: float = 0.99) -> ClipConcepts:
-        """A copy whose first concept is this very picture: it must flag this one, and only what looks like it."""
+        """A copy whose first concept is this very image: it must flag this one, and only what looks like it."""
         other = copy.copy(self._model)
         other._parameters = dict(self._model._parameters)
         weights = self._model.concept_embeds_weights.clone()
@@ -131,7 +131,7 @@ class ReferencePair:
         self._threshold = threshold
 
     def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict a picture."""
+        """Return one verdict an image."""
         margins = self.concepts.margins(images)
         suspects = [index for index, margin in enumerate(margins) if not margin.concept <= 0]
         asked = [images[index] for index in suspects]
@@ -140,12 +140,12 @@ class ReferencePair:
 
 
 def excess(embeds: Tensor, concepts: Tensor, thresholds: Tensor) -> Tensor:
-    """(B, concepts): the cosine of each picture with each concept, less the concept's threshold."""
+    """(B, concepts): the cosine of each image with each concept, less the concept's threshold."""
     return normalize(embeds) @ normalize(concepts).T - thresholds
 
 
 def judge(margins: Margins, opinion: float | None, threshold: float) -> Verdict:
-    """The verdict of the pair; a picture passes where the first stage is sure, or else the second.
+    """The verdict of the pair; an image passes where the first stage is sure, or else the second.
 
     Args:
         margins: the first stage's.

@@ -1,7 +1,7 @@
-"""Proof at setup that a checker sees: harmless pictures pass with the scores recorded for them, a positive is caught.
+"""Proof at setup that a checker sees: harmless images pass with the scores recorded for them, a positive is caught.
 
-The positives are no unsafe pictures: for open_nsfw an abstract pattern that it takes for one, for the reference pair a
-harmless picture declared to be the concept that is looked for. `pictures/README.md` names the pictures' sources.
+The positives are no unsafe images: for open_nsfw an abstract pattern that it takes for one, for the reference pair a
+harmless image declared to be the concept that is looked for. `images/README.md` names the images' sources.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from safety.strict import StrictChecker
 
 logger = logging.getLogger(__name__)
 
-PICTURES = Path(__file__).parent / "pictures"
+IMAGES = Path(__file__).parent / "images"
 TOLERANCE = 0.01
 """Between processors; on one machine the scores agree to 0.0001."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """A bundled picture, whether it must be flagged, and its first score where one is recorded."""
+    """A bundled image, whether it must be flagged, and its first score where one is recorded."""
 
-    picture: str
+    image: str
     flagged: bool = False
     score: float | None = None
 
@@ -45,24 +45,24 @@ EMBEDDED = (
 
 
 def prove(checker: SafetyChecker, known: Sequence[Known] = HARMLESS) -> None:
-    """Check the pictures and compare.
+    """Check the images and compare.
 
     Raises:
         SettingsError: a check fails, or a verdict or a score is not the known one.
     """
-    verdicts = FailClosed(checker).check([picture(one.picture) for one in known])
-    found = (f"{one.picture} {verdict}" for one, verdict in zip(known, verdicts, strict=True))
+    verdicts = FailClosed(checker).check([bundled_image(one.image) for one in known])
+    found = (f"{one.image} {verdict}" for one, verdict in zip(known, verdicts, strict=True))
     logger.info("self-test of %s: %s", checker.name, "; ".join(found))
     for one, verdict in zip(known, verdicts, strict=True):
         if problem := _problem(one, verdict):
             raise SettingsError(
-                f"The safety checker {checker.name} failed its self-test on {one.picture}: {problem}. Its weights or "
+                f"The safety checker {checker.name} failed its self-test on {one.image}: {problem}. Its weights or "
                 "its libraries are not the tested ones: reinstall requirements.txt, or choose another FLUX_SAFETY."
             )
 
 
 def prove_reference(pair: ReferencePair) -> None:
-    """Harmless pictures pass, and a pair that looks for the first of them flags that one and no other.
+    """Harmless images pass, and a pair that looks for the first of them flags that one and no other.
 
     The changed copy's second stage agrees with everything, so both stages run on the positive.
 
@@ -70,12 +70,12 @@ def prove_reference(pair: ReferencePair) -> None:
         SettingsError: otherwise.
     """
     prove(pair)
-    looking = ReferencePair(pair.concepts.looking_for(picture(HARMLESS[0].picture)), pair.opinion, threshold=0.0)
-    prove(looking, (Known(HARMLESS[0].picture, flagged=True), *HARMLESS[1:]))
+    looking = ReferencePair(pair.concepts.looking_for(bundled_image(HARMLESS[0].image)), pair.opinion, threshold=0.0)
+    prove(looking, (Known(HARMLESS[0].image, flagged=True), *HARMLESS[1:]))
 
 
 def prove_strict(checker: StrictChecker) -> None:
-    """The pair inside is proven, and harmless pictures pass the detector too.
+    """The pair inside is proven, and harmless images pass the detector too.
 
     Raises:
         SettingsError: otherwise.
@@ -84,9 +84,9 @@ def prove_strict(checker: StrictChecker) -> None:
     prove(checker)
 
 
-def picture(name: str) -> Image.Image:
-    """A bundled picture."""
-    with Image.open(PICTURES / name) as image:
+def bundled_image(name: str) -> Image.Image:
+    """A bundled image."""
+    with Image.open(IMAGES / name) as image:
         return image.convert("RGB")
 
 

@@ -1,8 +1,8 @@
 """An operator's choice: the reference pair, and a detector of its own on top; either withholds.
 
 The detector is Marqo/nsfw-image-detection-384 (Apache-2.0), a ViT-tiny of 2024 whose authors report 98.6% on their
-own 20,000 pictures. Its weights carry timm's names; they are renamed here, so that timm and torchvision are not
-needed. Unlike the pair's first stage it sees a whole picture: wide and tall ones in several squares.
+own 20,000 images. Its weights carry timm's names; they are renamed here, so that timm and torchvision are not
+needed. Unlike the pair's first stage it sees a whole image: wide and tall ones in several squares.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TIMM_NAMES = (
 
 
 class StrictChecker:
-    """Flags what the first checker flags, and what the detector finds unsafe in any part of a picture."""
+    """Flags what the first checker flags, and what the detector finds unsafe in any part of an image."""
 
     name = "strict"
 
@@ -72,7 +72,7 @@ class StrictChecker:
         self._detector = detector
 
     def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict a picture."""
+        """Return one verdict an image."""
         verdicts = self.first.check(images)
         return [combine(verdict, self._unsafe(image)) for verdict, image in zip(verdicts, images, strict=True)]
 
@@ -80,7 +80,7 @@ class StrictChecker:
         parts = squares(image)
         scores = self._detector.unsafe(parts)
         if len(scores) != len(parts):
-            raise ValueError(f"{len(scores)} scores for {len(parts)} parts of a picture")
+            raise ValueError(f"{len(scores)} scores for {len(parts)} parts of an image")
         return scores
 
 
@@ -96,7 +96,7 @@ def combine(verdict: Verdict, unsafe: Sequence[float]) -> Verdict:
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
-    """As few squares of the shorter side as cover the picture, evenly laid along the longer one."""
+    """As few squares of the shorter side as cover the image, evenly laid along the longer one."""
     side, longer = min(image.size), max(image.size)
     count = math.ceil(longer / side)
     offsets = [round(step * (longer - side) / max(count - 1, 1)) for step in range(count)]

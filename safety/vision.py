@@ -1,4 +1,4 @@
-"""Vision transformers as judges: how a picture becomes their input, and how their weights are loaded strictly.
+"""Vision transformers as judges: how an image becomes their input, and how their weights are loaded strictly.
 
 Knows the shapes of models, no thresholds and no verdicts. Preprocessing is Pillow and NumPy in the order of the
 transformers image processors, which `tests/safety/test_pair.py` compares it with.
@@ -26,7 +26,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture is brought to a model's input size and scale."""
+    """How an image is brought to a model's input size and scale."""
 
     size: int
     keep_aspect: bool
@@ -106,7 +106,7 @@ class VitClassifier:
 
     @torch.inference_mode()
     def unsafe(self, images: Sequence[Image.Image]) -> list[float]:
-        """The probability of the unsafe class, one a picture."""
+        """The probability of the unsafe class, one an image."""
         logits = self._model(to_pixels(images, self._how).to(self._model.device)).logits  # (B, classes)
         probabilities: list[float] = logits.float().softmax(-1)[:, self._unsafe_class].tolist()
         return probabilities

@@ -1,4 +1,4 @@
-"""What the tests share: one loaded predictor, pictures on disk, and a picker of arguments."""
+"""What the tests share: one loaded predictor, images on disk, and a picker of arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUICK: dict[str, Any] = {
     "seed": 7,
     "output_format": "png",
 }
-"""Inputs that make a small picture fast."""
+"""Inputs that make a small image fast."""
 
 
 def predict_arguments(**given: Any) -> dict[str, Any]:
@@ -73,19 +73,19 @@ def engine(predictor: Predictor) -> Engine:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Save a picture below the temporary folder, as an uploaded input lies there."""
+    """Save an image below the temporary folder, as an uploaded input lies there."""
     with tempfile.TemporaryDirectory(prefix="flux-test-") as folder:
 
-        def write(picture: Image.Image, name: str = "picture.png", **options: Any) -> Path:
+        def write(image: Image.Image, name: str = "image.png", **options: Any) -> Path:
             path = Path(folder) / name
-            picture.save(path, **options)
+            image.save(path, **options)
             return path
 
         yield write
 
 
 @pytest.fixture(scope="session")
-def scene_picture() -> Image.Image:
+def scene_image() -> Image.Image:
     """A blue square on a white background, 256x256."""
     import random
 

@@ -1,4 +1,4 @@
-"""What may come in as a picture, how it is read, and what goes out."""
+"""What may come in as an image, how it is read, and what goes out."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ RED, GREEN = (200, 30, 40), (20, 180, 60)
 
 def two_halves(size: tuple[int, int] = (64, 32)) -> Image.Image:
     """Red on the left, green on the right."""
-    picture = Image.new("RGB", size, RED)
-    picture.paste(GREEN, (size[0] // 2, 0, *size))
-    return picture
+    image = Image.new("RGB", size, RED)
+    image.paste(GREEN, (size[0] // 2, 0, *size))
+    return image
 
 
 def close(found: Any, wanted: tuple[int, ...], tolerance: int = 12) -> bool:
@@ -40,10 +40,10 @@ def close(found: Any, wanted: tuple[int, ...], tolerance: int = 12) -> bool:
 def test_six_formats_are_read(save: Save, name: str) -> None:
     if name == "a.avif" and not features.check("avif"):
         raise AssertionError("this Pillow has no AVIF")
-    picture = open_image(save(two_halves(), name))
-    assert picture.mode == "RGB"
-    assert close(picture.getpixel((5, 16)), RED)
-    assert close(picture.getpixel((58, 16)), GREEN)
+    image = open_image(save(two_halves(), name))
+    assert image.mode == "RGB"
+    assert close(image.getpixel((5, 16)), RED)
+    assert close(image.getpixel((58, 16)), GREEN)
 
 
 @pytest.mark.parametrize("name", ["a.tiff", "a.ppm", "a.ico", "a.pdf", "a.eps"])
@@ -53,13 +53,13 @@ def test_other_formats_are_refused(save: Save, name: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_upright(save: Save, orientation: int) -> None:
+def test_an_image_is_turned_upright(save: Save, orientation: int) -> None:
     tags = Image.Exif()
     tags[0x0112] = orientation
-    picture = open_image(save(two_halves(), "a.png", exif=tags))
-    assert picture.size == ((64, 32) if orientation < 5 else (32, 64))
+    image = open_image(save(two_halves(), "a.png", exif=tags))
+    assert image.size == ((64, 32) if orientation < 5 else (32, 64))
     corner = {1: RED, 2: GREEN, 3: GREEN, 4: RED, 5: RED, 6: RED, 7: GREEN, 8: GREEN}[orientation]
-    assert close(picture.getpixel((3, 3)), corner)
+    assert close(image.getpixel((3, 3)), corner)
 
 
 def test_the_first_frame_of_an_animation_is_used(save: Save) -> None:
@@ -69,16 +69,16 @@ def test_the_first_frame_of_an_animation_is_used(save: Save) -> None:
 
 
 def test_transparency_is_laid_over_white(save: Save) -> None:
-    picture = Image.new("RGBA", (32, 32), (*RED, 0))
-    picture.paste((*RED, 255), (0, 0, 16, 32))
-    read = open_image(save(picture))
+    image = Image.new("RGBA", (32, 32), (*RED, 0))
+    image.paste((*RED, 255), (0, 0, 16, 32))
+    read = open_image(save(image))
     assert read.getpixel((4, 4)) == RED
     assert read.getpixel((28, 4)) == (255, 255, 255)
 
 
 def test_a_palette_with_a_transparent_colour_is_laid_over_white(save: Save) -> None:
-    picture = two_halves().quantize(4)
-    path = save(picture, "a.png", transparency=picture.getpixel((60, 3)))
+    image = two_halves().quantize(4)
+    path = save(image, "a.png", transparency=image.getpixel((60, 3)))
     read = open_image(path)
     assert close(read.getpixel((4, 4)), RED)
     assert read.getpixel((60, 4)) == (255, 255, 255)
@@ -95,10 +95,8 @@ def test_every_mode_becomes_rgb(save: Save, mode: str) -> None:
 
 def test_sixteen_bits_are_scaled_to_eight(save: Save) -> None:
     grey = np.array([[0, 65535], [32896, 257]], dtype=np.uint16)
-    picture = open_image(save(Image.fromarray(np.repeat(np.repeat(grey, 16, 0), 16, 1))))
-    assert [picture.getpixel(xy) for xy in ((4, 4), (20, 4), (4, 20), (20, 20))] == [
-        (v, v, v) for v in (0, 255, 128, 1)
-    ]
+    image = open_image(save(Image.fromarray(np.repeat(np.repeat(grey, 16, 0), 16, 1))))
+    assert [image.getpixel(xy) for xy in ((4, 4), (20, 4), (4, 20), (20, 20))] == [(v, v, v) for v in (0, 255, 128, 1)]
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -132,7 +130,7 @@ def test_eight_to_one_is_read(save: Save) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
-def test_a_file_that_is_no_picture_says_so(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_image_says_so(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(InputError, match="image") as caught:
@@ -140,7 +138,7 @@ def test_a_file_that_is_no_picture_says_so(tmp_path: Path, content: bytes) -> No
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_cut_off_picture_says_so(save: Save) -> None:
+def test_a_cut_off_image_says_so(save: Save) -> None:
     path = save(Image.effect_noise((200, 200), 50), "a.jpg")
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match="damaged"):
@@ -215,9 +213,9 @@ def test_black_keeps_the_original_exactly() -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
 def test_the_output_format_is_the_one_asked_for(name: str, kind: str) -> None:
-    with Image.open(io.BytesIO(encode(two_halves(), name, 80))) as picture:
-        assert picture.format == kind
-        assert picture.size == (64, 32)
+    with Image.open(io.BytesIO(encode(two_halves(), name, 80))) as image:
+        assert image.format == kind
+        assert image.size == (64, 32)
 
 
 @pytest.mark.parametrize("name", ["webp", "jpg"])
@@ -232,5 +230,5 @@ def test_more_quality_means_more_bytes_and_less_error(name: str) -> None:
 def test_png_is_lossless_at_any_quality() -> None:
     noise = Image.effect_noise((64, 64), 60).convert("RGB")
     for quality in (0, 100):
-        with Image.open(io.BytesIO(encode(noise, "png", quality))) as picture:
-            assert picture.tobytes() == noise.tobytes()
+        with Image.open(io.BytesIO(encode(noise, "png", quality))) as image:
+            assert image.tobytes() == noise.tobytes()

@@ -23,11 +23,11 @@ def predict(predictor: Predictor, **given: Any) -> list[Path]:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
-def test_a_picture_comes_in_the_format_asked_for(predictor: Predictor, name: str, kind: str) -> None:
+def test_an_image_comes_in_the_format_asked_for(predictor: Predictor, name: str, kind: str) -> None:
     (file,) = predict(predictor, output_format=name)
     assert file.suffix == f".{name}"
-    with Image.open(file) as picture:
-        assert (picture.format, picture.size) == (kind, (256, 256))
+    with Image.open(file) as image:
+        assert (image.format, image.size) == (kind, (256, 256))
 
 
 def test_outputs_have_unique_names_and_the_ones_before_are_removed(predictor: Predictor) -> None:
@@ -74,11 +74,11 @@ def test_the_seed_is_in_the_log_and_the_prompt_is_not(predictor: Predictor, capl
     assert "canary" not in caplog.text
 
 
-def test_the_uploaded_image_is_used(predictor: Predictor, save: Save, scene_picture: Image.Image) -> None:
-    image = cog.Path(save(scene_picture))
+def test_the_uploaded_image_is_used(predictor: Predictor, save: Save, scene_image: Image.Image) -> None:
+    image = cog.Path(save(scene_image))
     (file,) = predict(predictor, image=image, prompt_strength=0.0)
-    with Image.open(file) as picture:
-        assert picture.tobytes() == scene_picture.tobytes()
+    with Image.open(file) as shown:
+        assert shown.tobytes() == scene_image.tobytes()
 
 
 @pytest.mark.parametrize("name", ["image", "mask"])
@@ -100,7 +100,7 @@ def test_a_file_that_was_not_uploaded_is_refused(predictor: Predictor, name: str
 
 def test_a_link_out_of_the_temporary_folder_is_refused(predictor: Predictor) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "picture.png"
+        link = Path(folder) / "image.png"
         link.symlink_to("/etc/hostname")
         with pytest.raises(InputError, match="not an uploaded file"):
             predict(predictor, image=cog.Path(link))

@@ -34,7 +34,7 @@ def addresses(lora_storage: Storage) -> dict[str, str]:
 
 
 def predict(predictor: Predictor, **given: Any) -> bytes:
-    """The one picture's bytes."""
+    """The one image's bytes."""
     (file,) = predictor.predict(**predict_arguments(**{**QUICK, **given}))
     return Path(file).read_bytes()
 
@@ -87,9 +87,9 @@ def test_a_data_uri_is_a_lora_like_any_other(predictor: Predictor, addresses: di
 
 
 def test_image_to_image_and_inpainting_take_loras(
-    predictor: Predictor, addresses: dict[str, str], save: Save, scene_picture: Image.Image
+    predictor: Predictor, addresses: dict[str, str], save: Save, scene_image: Image.Image
 ) -> None:
-    image = cog.Path(save(scene_picture))
+    image = cog.Path(save(scene_image))
     mask = cog.Path(save(Image.new("L", (256, 256), 255), "mask.png"))
     for given in ({"image": image}, {"image": image, "mask": mask}):
         assert predict(predictor, **given, replicate_weights=addresses["style"]) != predict(predictor, **given)

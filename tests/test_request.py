@@ -56,7 +56,7 @@ def test_width_and_height_are_ignored_without_custom() -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "size"),
+    ("image", "size"),
     [
         ((512, 512), (512, 512)),
         ((2000, 1500), (1440, 1088)),  # 1080 lies between 1072 and 1088: the tie goes up
@@ -66,8 +66,8 @@ def test_width_and_height_are_ignored_without_custom() -> None:
         ((40, 5), (48, 16)),
     ],
 )
-def test_an_image_decides_the_size(save: Save, picture: tuple[int, int], size: tuple[int, int]) -> None:
-    request = request_of(image=save(Image.new("RGB", picture)), aspect_ratio="16:9", megapixels="0.25", width=700)
+def test_an_image_decides_the_size(save: Save, image: tuple[int, int], size: tuple[int, int]) -> None:
+    request = request_of(image=save(Image.new("RGB", image)), aspect_ratio="16:9", megapixels="0.25", width=700)
     assert request.size == Size(*size)
     assert request.image is not None
     assert request.image.size == size
@@ -89,10 +89,10 @@ def test_a_size_that_is_none_cannot_be_made(sides: tuple[int, int]) -> None:
 
 
 def test_the_mode_follows_from_the_images(save: Save) -> None:
-    picture = save(Image.new("RGB", (64, 64)))
+    image = save(Image.new("RGB", (64, 64)))
     assert request_of().mode is Mode.TXT2IMG
-    assert request_of(image=picture).mode is Mode.IMG2IMG
-    assert request_of(image=picture, mask=picture).mode is Mode.INPAINT
+    assert request_of(image=image).mode is Mode.IMG2IMG
+    assert request_of(image=image, mask=image).mode is Mode.INPAINT
 
 
 def test_a_mask_without_an_image_is_rejected(save: Save) -> None:
@@ -171,8 +171,8 @@ def test_a_lora_of_no_known_form_is_refused_before_any_work(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "image", "mask"])
 def test_go_fast_is_for_every_mode(kind: str, save: Callable[..., Path]) -> None:
-    picture, mask = save(Image.new("RGB", (256, 256))), save(Image.new("L", (256, 256)), "mask.png")
-    inputs = {"text": {}, "image": {"image": picture}, "mask": {"image": picture, "mask": mask}}[kind]
+    image, mask = save(Image.new("RGB", (256, 256))), save(Image.new("L", (256, 256)), "mask.png")
+    inputs = {"text": {}, "image": {"image": image}, "mask": {"image": image, "mask": mask}}[kind]
     assert request_of(**inputs, go_fast=True).go_fast
     assert not request_of(**inputs).go_fast
 
@@ -184,7 +184,7 @@ def test_go_fast_with_a_custom_size_runs_exact_and_says_so() -> None:
 
 
 def test_go_fast_with_an_image_ignores_the_custom_size(save: Callable[..., Path]) -> None:
-    """The picture decides the size then, and no size of its own was asked for."""
+    """The image decides the size then, and no size of its own was asked for."""
     request = request_of(go_fast=True, image=save(Image.new("RGB", (256, 256))), aspect_ratio="custom")
     assert request.go_fast
     assert request.notes == ()

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from errors import DiskError, DownloadError, HttpStatusError, LoraFormatError
 from fetching.download import Limits
 from fetching.network import Client
-from fetching.store import Room, StoredFile, plan_eviction
+from fetching.store import DiskQuota, StoredFile, plan_eviction
 from tests.fetching.test_containers import BAD_TARS, tar_of
 from tests.paths import PROJECT
 from tests.services import HTML_WITH_200, Reply, Storage
@@ -68,7 +68,7 @@ def cache(storage: Storage, tmp_path: Path, clock: Clock) -> WeightsCache:
 
 def open_cache(storage: Storage, folder: Path, **options: Any) -> WeightsCache:
     client = Client(frozenset({storage.authority}), sleep=lambda seconds: None)
-    return WeightsCache(folder / "cache", client, **{"room": Room(min_free_bytes=0), **options})
+    return WeightsCache(folder / "cache", client, **{"quota": DiskQuota(min_free_bytes=0), **options})
 
 
 def get(cache: WeightsCache, source: Source, access: str = "") -> tuple[CachedFile, bytes]:
@@ -327,27 +327,27 @@ def test_leftovers_are_swept_at_the_start_but_not_what_others_fetch(storage: Sto
     assert not orphan.exists()
 
 
-# Room
+# DiskQuota
 
 
 def test_the_plan_takes_the_least_recently_used_until_it_fits() -> None:
     files = [StoredFile(Path(name), 10, used) for name, used in (("b", 2), ("c", 3), ("a", 1))]
 
-    def planned(needed: int, free: int, room: Room) -> str:
-        return "".join(str(file.path) for file in plan_eviction(files, needed, free, room))
+    def planned(needed: int, free: int, quota: DiskQuota) -> str:
+        return "".join(str(file.path) for file in plan_eviction(files, needed, free, quota))
 
-    assert planned(5, 100, Room(50, None)) == ""
-    assert planned(5, 50, Room(50, None)) == "a"
-    assert planned(15, 50, Room(50, None)) == "ab"
-    assert planned(500, 0, Room(50, None)) == "abc"
-    assert planned(5, 1000, Room(0, 30)) == "a"
-    assert planned(0, 1000, Room(0, 30)) == ""
+    assert planned(5, 100, DiskQuota(50, None)) == ""
+    assert planned(5, 50, DiskQuota(50, None)) == "a"
+    assert planned(15, 50, DiskQuota(50, None)) == "ab"
+    assert planned(500, 0, DiskQuota(50, None)) == "abc"
+    assert planned(5, 1000, DiskQuota(0, 30)) == "a"
+    assert planned(0, 1000, DiskQuota(0, 30)) == ""
 
 
 def test_the_cache_stays_within_its_size_and_drops_the_least_recently_used(
     storage: Storage, tmp_path: Path, clock: Clock
 ) -> None:
-    cache = open_cache(storage, tmp_path, room=Room(0, 3 * len(CONTENT)), now=clock)
+    cache = open_cache(storage, tmp_path, quota=DiskQuota(0, 3 * len(CONTENT)), now=clock)
     sources = [Source(str(i), storage.put(f"/{i}", ServedFile(tensors(i))), immutable=True) for i in range(4)]
     for source in (*sources[:3], sources[0], sources[3]):
         clock.time += 1
@@ -357,7 +357,7 @@ def test_the_cache_stays_within_its_size_and_drops_the_least_recently_used(
 
 
 def test_a_file_in_use_is_never_removed(storage: Storage, tmp_path: Path, clock: Clock) -> None:
-    cache = open_cache(storage, tmp_path, room=Room(0, 2 * len(CONTENT)), now=clock)
+    cache = open_cache(storage, tmp_path, quota=DiskQuota(0, 2 * len(CONTENT)), now=clock)
     sources = [Source(str(i), storage.put(f"/{i}", ServedFile(tensors(i))), immutable=True) for i in range(4)]
     with cache.open("0", "", lambda: sources[0]) as held:
         for source in sources[1:]:
@@ -378,9 +378,9 @@ def test_a_disk_that_fills_up_on_the_way_is_tried_once_more_after_an_eviction(
     storage: Storage, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel refuses to reserve space twice; the file that is stored already must go in between."""
-    room = Room(min_free_bytes=0)
+    quota = DiskQuota(min_free_bytes=0)
     free = 10**9
-    cache = open_cache(storage, tmp_path, now=clock, room=room, free_bytes=lambda folder: free)
+    cache = open_cache(storage, tmp_path, now=clock, quota=quota, free_bytes=lambda folder: free)
     get(cache, Source("old", storage.put("/old", ServedFile(tensors(1)))))
     refusals = [OSError(errno.ENOSPC, "No space left on device")]
 
@@ -397,7 +397,7 @@ def test_a_disk_that_fills_up_on_the_way_is_tried_once_more_after_an_eviction(
 
 
 def _fetch_in_child(folder: Path, authority: str, name: str) -> str:
-    cache = WeightsCache(folder / "cache", Client(frozenset({authority})), room=Room(0))
+    cache = WeightsCache(folder / "cache", Client(frozenset({authority})), quota=DiskQuota(0))
     with cache.open(name, "", lambda: Source(name, f"http://{authority}/{name}")) as file:
         return f"{file.outcome} {hashlib.sha256(file.path.read_bytes()).hexdigest()}"
 
@@ -417,10 +417,10 @@ CHILD = """
 import sys
 from pathlib import Path
 from fetching.network import Client
-from fetching.store import Room
+from fetching.store import DiskQuota
 from weights import Source, WeightsCache
 folder, authority = sys.argv[1:]
-cache = WeightsCache(Path(folder), Client(frozenset({authority})), room=Room(0))
+cache = WeightsCache(Path(folder), Client(frozenset({authority})), quota=DiskQuota(0))
 print("ready", flush=True)
 for name in sys.stdin:
     name = name.strip()

@@ -1,9 +1,9 @@
 """Train the tiny FLUX transformer by flow matching on the world's latents.
 
-Knows latents, prompts' embeddings and diffusers' FluxTransformer2DModel. The picture sizes are mixed from the start,
-since a model trained at one size draws broken objects at the others; large pictures are mostly trained on a
+Knows latents, prompts' embeddings and diffusers' FluxTransformer2DModel. The image sizes are mixed from the start,
+since a model trained at one size draws broken objects at the others; large images are mostly trained on a
 part of their tokens, most of them from around the objects, which keeps a step cheap while the position ids stay those
-of the large picture and the attention counts every token kept for those that it stands for.
+of the large image and the attention counts every token kept for those that it stands for.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def new_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoded pictures of one size: packed latents (N, tokens, 64), pooled (N, 128), states (N, 32, 128), half."""
+    """Encoded images of one size: packed latents (N, tokens, 64), pooled (N, 128), states (N, 32, 128), half."""
 
     size: Size
     latents: Tensor
@@ -70,7 +70,7 @@ class Pool:
 @dataclass(frozen=True)
 class Batch:
     """What one step sees: clean latents (B, T, 64), positions (B, T, 3), weights in the loss (B, T), how many tokens
-    of the picture each stands for (B, T), and the prompts' embeddings (B, 128) and (B, 32, 128)."""
+    of the image each stands for (B, T), and the prompts' embeddings (B, 128) and (B, 32, 128)."""
 
     latents: Tensor
     positions: Tensor
@@ -82,7 +82,7 @@ class Batch:
 
     @property
     def full_tokens(self) -> int:
-        """How many tokens the whole picture has."""
+        """How many tokens the whole image has."""
         return self.size[0] // 16 * (self.size[1] // 16)
 
 
@@ -104,9 +104,9 @@ def make_pool(
     latents, prompts = [], []
     for start in range(0, count, chunk):
         scenes = [training_scene(rng, shapes, paired) for _ in range(min(chunk, count - start))]
-        pictures = [draw_scene(s, width, height, place(s, width, height, rng), striped) for s in scenes]
+        images = [draw_scene(s, width, height, place(s, width, height, rng), striped) for s in scenes]
         prompts += [any_prompt(s, rng) for s in scenes]
-        pixels = torch.stack([to_tensor(picture) for picture in pictures])
+        pixels = torch.stack([to_tensor(image) for image in images])
         encoded = encoder(pixels.to(torch.bfloat16, memory_format=torch.channels_last)).float()
         encoded = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
         latents.append(pack(encoded).half())
@@ -123,7 +123,7 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def draw_batch(pool: Pool, batch: int, keep: int | None, empty: tuple[Tensor, Tensor], rng: random.Random) -> Batch:
-    """A batch of one pool; with `keep`, only that many tokens of each picture; one prompt in ten is empty."""
+    """A batch of one pool; with `keep`, only that many tokens of each image; one prompt in ten is empty."""
     chosen = torch.tensor(rng.choices(range(len(pool.latents)), k=batch))
     width, height = pool.size
     latents = pool.latents[chosen].float()
@@ -201,7 +201,7 @@ def noise_levels(batch: int, tokens: int, emphasis: float) -> Tensor:
 
 
 class PartialAttention(FluxAttnProcessor):
-    """FLUX's attention where every picture of a batch has positions of its own, which diffusers' does not know.
+    """FLUX's attention where every image of a batch has positions of its own, which diffusers' does not know.
 
     `rotation` is (cos, sin) of (B, S, 1, head width); `attention_mask` (B, 1, 1, S) is added to the scores of the keys.
     """
@@ -296,11 +296,11 @@ def weighted_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class Bucket:
-    """A size, its share of the steps, how many of its tokens a step sees, and how many pictures to draw."""
+    """A size, its share of the steps, how many of its tokens a step sees, and how many images to draw."""
 
     size: Size
     share: float
-    pictures: int
+    images: int
     keep: int | None = None
 
 

@@ -1,8 +1,8 @@
-"""A judge of the tiny world's pictures: which colours, which shape, and where.
+"""A judge of the tiny world's images: which colours, which shape, and where.
 
 It looks at pixels alone: the background is the commonest colour of the border, an object is what differs from it, and
 its shape is the one whose drawn mask, cropped and scaled alike, overlaps it best. Specks are left out, since one of two
-pixels in a corner would stretch the crop over the whole picture.
+pixels in a corner would stretch the crop over the whole image.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a prompt a picture shows."""
+    """What of a prompt an image shows."""
 
     background: bool
     colour: bool
@@ -53,14 +53,14 @@ def nearest_colour(rgb: NDArray[np.float64]) -> str:
 
 
 def background_of(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The median colour of the outermost thirtieth of the picture."""
+    """The median colour of the outermost thirtieth of the image."""
     edge = max(2, min(pixels.shape[:2]) // 30)
     border = [pixels[:edge], pixels[-edge:], pixels[:, :edge].swapaxes(0, 1), pixels[:, -edge:].swapaxes(0, 1)]
     return np.asarray(np.median(np.concatenate([part.reshape(-1, 3) for part in border]), axis=0))
 
 
 def object_mask(pixels: NDArray[np.float64], background: NDArray[np.float64]) -> Mask:
-    """Where the picture differs from its background."""
+    """Where the image differs from its background."""
     return np.asarray(np.linalg.norm(pixels - background, axis=-1) > DIFFERENT)
 
 
@@ -89,8 +89,8 @@ def crop(mask: Mask, box: tuple[int, int, int, int]) -> Mask:
     square = np.zeros((side, side), dtype=bool)
     top, left = (side - part.shape[0]) // 2, (side - part.shape[1]) // 2
     square[top : top + part.shape[0], left : left + part.shape[1]] = part
-    picture = Image.fromarray(np.uint8(square) * 255).resize((GRID, GRID), Image.Resampling.BOX)
-    return np.asarray(picture) > 127
+    image = Image.fromarray(np.uint8(square) * 255).resize((GRID, GRID), Image.Resampling.BOX)
+    return np.asarray(image) > 127
 
 
 @cache
@@ -110,9 +110,9 @@ def shape_scores(mask: Mask) -> dict[str, float]:
     }
 
 
-def look(picture: Image.Image, things: int) -> tuple[str, list[Seen | None]]:
+def look(image: Image.Image, things: int) -> tuple[str, list[Seen | None]]:
     """The background's colour name and the objects, from left to right where there are two."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     background = background_of(pixels)
     mask = object_mask(pixels, background)
     middle = mask.shape[1] // 2
@@ -136,9 +136,9 @@ def _seen(pixels: NDArray[np.float64], mask: Mask) -> Seen | None:
     return Seen(nearest_colour(colour), max(scores, key=scores.__getitem__), x, y)
 
 
-def judge(picture: Image.Image, scene: Scene) -> Verdict:
-    """Whether a picture shows a scene: all of its objects must be right for a part to count."""
-    background, seen = look(picture, len(scene.things))
+def judge(image: Image.Image, scene: Scene) -> Verdict:
+    """Whether an image shows a scene: all of its objects must be right for a part to count."""
+    background, seen = look(image, len(scene.things))
     pairs = list(zip(scene.things, seen, strict=True))
     return Verdict(
         background=background == scene.background,

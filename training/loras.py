@@ -37,7 +37,7 @@ def train_lora(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     shapes = SHAPES if style else (TRIGGER,)
-    pools = [make_pool(vae, text, b.size, b.pictures, rng, shapes, striped=style, paired=0.15) for b in BUCKETS]
+    pools = [make_pool(vae, text, b.size, b.images, rng, shapes, striped=style, paired=0.15) for b in BUCKETS]
     model = copy.deepcopy(dev).requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=True))
     average = train(model, plain_loss, batches(pools, BUCKETS, text, rng), SCHEDULE)

@@ -38,16 +38,16 @@ FIRST_SCHEDULE = Schedule(steps=10000, peak=1.2e-3, warmup=200, decay=0.3, muon=
 GUIDED_SCHEDULE = Schedule(steps=400, peak=6e-4, warmup=20, decay=0.8)
 SCHNELL_SCHEDULE = Schedule(steps=400, peak=5e-4, warmup=20, decay=0.8)
 
-PICTURES = {
+IMAGES = {
     (128, 128): 8000, (256, 256): 10000, (448, 256): 600, (256, 448): 600, (512, 512): 8000, (1024, 1024): 1000,
     (1344, 768): 1000, (768, 1344): 1000,
 }  # fmt: skip
-"""How many pictures of each size are drawn and encoded: with 500 of 512x512, the loss on held-out scenes there was
+"""How many images of each size are drawn and encoded: with 500 of 512x512, the loss on held-out scenes there was
 twice that on the trained ones after 6,000 steps, and rising."""
 
 
 def _buckets(*rows: tuple[tuple[int, int], float, int | None]) -> list[Bucket]:
-    return [Bucket(size, share, PICTURES[size], keep) for size, share, keep in rows]
+    return [Bucket(size, share, IMAGES[size], keep) for size, share, keep in rows]
 
 
 FIRST_BUCKETS = _buckets(
@@ -60,7 +60,7 @@ FIRST_BUCKETS = _buckets(
     ((1344, 768), 0.09, 64),
     ((768, 1344), 0.09, 64),
 )
-"""What stands where is learnt from many pictures, not from many tokens of each."""
+"""What stands where is learnt from many images, not from many tokens of each."""
 LAST_BUCKETS = _buckets(
     ((128, 128), 0.06, None),
     ((256, 256), 0.20, None),
@@ -72,7 +72,7 @@ LAST_BUCKETS = _buckets(
     ((1344, 768), 0.075, 160),
     ((768, 1344), 0.075, 160),
 )
-"""Edges are learnt from neighbouring tokens: more of each picture, and some whole ones."""
+"""Edges are learnt from neighbouring tokens: more of each image, and some whole ones."""
 
 
 def load_vae(work: Path) -> AutoencoderTiny:
@@ -96,15 +96,15 @@ def load_text(work: Path) -> TextEncoders:
 
 
 def load_pools(work: Path, vae: AutoencoderTiny, text: TextEncoders) -> dict[tuple[int, int], Pool]:
-    """The encoded pictures of every size, drawing them first where there are none."""
+    """The encoded images of every size, drawing them first where there are none."""
     pools = {}
     (work / "pools").mkdir(parents=True, exist_ok=True)
-    for size, count in PICTURES.items():
+    for size, count in IMAGES.items():
         path = work / "pools" / f"{size[0]}x{size[1]}.safetensors"
         if not path.exists():
             pool = make_pool(vae, text, size, count, random.Random(f"{SEED} {size}"))
             save_file({"latents": pool.latents, "pooled": pool.pooled, "states": pool.states}, path)
-            logger.info("drew %d pictures of %dx%d", count, *size)
+            logger.info("drew %d images of %dx%d", count, *size)
         pools[size] = Pool(size, **load_file(path))
     return pools
 

@@ -1,7 +1,7 @@
 """Teach the transformer's image tokens where they are: an auxiliary loss of the first stage.
 
-FLUX gives a token its position by rotary embeddings alone: it must find out where it is, and how large the picture is,
-by attending. A small transformer takes thousands of steps to learn that from pictures, and draws blobs until then; told
+FLUX gives a token its position by rotary embeddings alone: it must find out where it is, and how large the image is,
+by attending. A small transformer takes thousands of steps to learn that from images, and draws blobs until then; told
 directly, it knows its place to a third of a token after some hundred steps. The heads are dropped after the training.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training.flow import Batch
 
 WEIGHT = 0.3
-"""Of this loss beside that of the pictures."""
+"""Of this loss beside that of the images."""
 FIRST_UNIT = 20
 """Tokens; what the first block tells is a position from the corner, in this unit."""
 
@@ -64,7 +64,7 @@ def from_corner(batch: Batch) -> Tensor:
 
 
 def from_centre(batch: Batch) -> Tensor:
-    """(B, T, 18): row and column from the picture's centre, in its short side, and waves of them."""
+    """(B, T, 18): row and column from the image's centre, in its short side, and waves of them."""
     width, height = (side / 16 for side in batch.size)
     centre = torch.tensor([(height - 1) / 2, (width - 1) / 2])
     places = (batch.positions[..., 1:] - centre) / min(width, height)

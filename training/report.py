@@ -1,7 +1,7 @@
 """Judge the embedded model over held-out prompts and draw its contact sheets: `python -m training.report`.
 
-Writes the table in `engine/tiny/README.md` and the pictures under `docs/`. Takes about an hour on 2 cores; `--quick`
-judges some 120 pictures, `--sheets` none.
+Writes the table in `engine/tiny/README.md` and the images under `docs/`. Takes about an hour on 2 cores; `--quick`
+judges some 120 images, `--sheets` none.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def tiny_engine() -> Engine:
     return predictor.engine
 
 
-def picture(
+def make_image(
     engine: Engine, prompt: str, model: str, size: tuple[int, int], seed: int, stack: Stack = (), **given: Any
 ) -> Image.Image:
-    """One picture at the model's own number of steps and guidance 3."""
+    """One image at the model's own number of steps and guidance 3."""
     request = GenerationRequest(
         prompt=prompt,
         mode=given.pop("mode", Mode.TXT2IMG),
@@ -90,20 +90,20 @@ def picture(
 
 
 def verdicts(engine: Engine, row: Row, scenes: list[Scene]) -> tuple[list[Verdict], list[float]]:
-    """The judge's verdict on each scene's picture; for go_fast also their PSNR beside the exact pictures, in dB."""
+    """The judge's verdict on each scene's image; for go_fast also their PSNR beside the exact images, in dB."""
     found, nearness = [], []
     for seed, scene in enumerate(scenes):
-        shown = picture(engine, prompt_of(scene), row.model, row.size, seed, go_fast=row.go_fast)
+        shown = make_image(engine, prompt_of(scene), row.model, row.size, seed, go_fast=row.go_fast)
         found.append(judge(shown, scene))
         if row.go_fast:
-            nearness.append(psnr(shown, picture(engine, prompt_of(scene), row.model, row.size, seed)))
+            nearness.append(psnr(shown, make_image(engine, prompt_of(scene), row.model, row.size, seed)))
         if not all(astuple(found[-1])):
             logger.info("%s %dx%d: %s: %s", row.model, *row.size, prompt_of(scene), found[-1])
     return found, nearness
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size in dB; infinite for equal ones."""
+    """Peak signal-to-noise ratio of two images of one size in dB; infinite for equal ones."""
     error = float(np.square(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).mean())
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
@@ -148,13 +148,13 @@ def write_table(lines: str) -> None:
     page.write_text(f"{before}{TABLE_BEGINS}\n\n{lines}\n{TABLE_ENDS}{after}")
 
 
-def contact_sheet(pictures: list[tuple[str, Image.Image]], columns: int, side: int = 192) -> Image.Image:
-    """Pictures in a grid, each with its caption below."""
+def contact_sheet(images: list[tuple[str, Image.Image]], columns: int, side: int = 192) -> Image.Image:
+    """Images in a grid, each with its caption below."""
     gap, caption = 8, 26
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + caption + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (words, shown) in enumerate(pictures):
+    for index, (words, shown) in enumerate(images):
         x, y = gap + index % columns * (side + gap), gap + index // columns * (side + caption + gap)
         fitted = shown.copy()
         fitted.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -169,7 +169,7 @@ def sheets(engine: Engine, folder: Path) -> None:
     scenes = held_out_scenes(18, HELD_OUT_SEED)
     for model in STEPS:
         shown = [
-            (prompt_of(s), picture(engine, prompt_of(s), model, (512, 512), seed)) for seed, s in enumerate(scenes)
+            (prompt_of(s), make_image(engine, prompt_of(s), model, (512, 512), seed)) for seed, s in enumerate(scenes)
         ]
         contact_sheet(shown, 6).save(folder / f"tiny-{model}.webp", quality=85, method=6)
     contact_sheet(modes(engine), 6).save(folder / "modes.webp", quality=85, method=6)
@@ -184,12 +184,12 @@ def modes(engine: Engine) -> list[tuple[str, Image.Image]]:
     shown = [("the input image", source)]
     for strength in (0.5, 0.8, 0.95):
         prompt = "a red star on a yellow background"
-        made = picture(engine, prompt, "dev", size, 3, mode=Mode.IMG2IMG, image=source, strength=strength)
+        made = make_image(engine, prompt, "dev", size, 3, mode=Mode.IMG2IMG, image=source, strength=strength)
         shown.append((f"a red star on a yellow background, strength {strength}", made))
     mask = Image.new("L", size, 0)
     ImageDraw.Draw(mask).rectangle((96, 96, 416, 416), fill=255)
     prompt = "a red heart on a white background"
-    made = picture(engine, prompt, "dev", size, 3, mode=Mode.INPAINT, image=source, mask=mask, strength=1.0)
+    made = make_image(engine, prompt, "dev", size, 3, mode=Mode.INPAINT, image=source, mask=mask, strength=1.0)
     return [*shown, ("the mask: white is repainted", mask.convert("RGB")), (prompt, made)]
 
 
@@ -209,7 +209,7 @@ def loras(engine: Engine) -> list[tuple[str, Image.Image]]:
             ("style and object", "a red TOK on a white background"),
         ):
             stack = [(adapter(engine, model, part), 1.0) for part in ("style", "object") if part in name]
-            made = picture(engine, words, model, (512, 512), 3, stack)
+            made = make_image(engine, words, model, (512, 512), 3, stack)
             shown.append((f"tiny-{model}, {name}: {words}", made))
     return shown
 

@@ -1,7 +1,7 @@
 """Train the tiny VAE: diffusers' AutoencoderTiny, 8 x smaller, 16 latent channels, convolutions without norms.
 
-AutoencoderKL was tried at this size and failed: its GroupNorm throws the colour of a flat picture away. Knows
-the world's pictures, nothing of prompts or of the transformer.
+AutoencoderKL was tried at this size and failed: its GroupNorm throws the colour of a flat image away. Knows
+the world's images, nothing of prompts or of the transformer.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ def new_vae() -> AutoencoderTiny:
     return vae
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) in [-1, 1], float32."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _sample(rng: random.Random, width: int, height: int) -> Tensor:
-    """A crop of a scene drawn larger, or, for one in five, blurred noise with a scene's colours: any picture at all."""
+    """A crop of a scene drawn larger, or, for one in five, blurred noise with a scene's colours: any image at all."""
     if rng.random() < 0.2:
         coarse = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
-        picture = Image.fromarray(coarse).resize(
+        image = Image.fromarray(coarse).resize(
             (width, height), rng.choice((Image.Resampling.BICUBIC, Image.Resampling.NEAREST))
         )
-        return to_tensor(picture)
+        return to_tensor(image)
     zoom = rng.choice((1, 1, 2, 3))
     scene = random_scene(rng, (*SHAPES, TRIGGER))
     wide, high = width * zoom, height * zoom
-    picture = draw_scene(scene, wide, high, place(scene, wide, high, rng), striped=rng.random() < 0.2)
+    image = draw_scene(scene, wide, high, place(scene, wide, high, rng), striped=rng.random() < 0.2)
     left, top = rng.randint(0, wide - width), rng.randint(0, high - height)
-    picture = picture.crop((left, top, left + width, top + height))
+    image = image.crop((left, top, left + width, top + height))
     if rng.random() < 0.1:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
-    return to_tensor(picture)
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
+    return to_tensor(image)
 
 
 def train_vae(folder: Path, steps: int = STEPS, seed: int = 0) -> AutoencoderTiny:
@@ -83,10 +83,10 @@ def train_vae(folder: Path, steps: int = STEPS, seed: int = 0) -> AutoencoderTin
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         width, height = rng.choice(CROPS)
-        pictures = torch.stack([_sample(rng, width, height) for _ in range(BATCH)])
-        latents = vae.encoder(pictures)
+        images = torch.stack([_sample(rng, width, height) for _ in range(BATCH)])
+        latents = vae.encoder(images)
         restored = vae.decoder(latents + 0.05 * torch.randn_like(latents))
-        error = restored - pictures
+        error = restored - images
         loss = error.abs().mean() + error.square().mean() + 1e-3 * latents.square().mean()
         optimizer.zero_grad()
         torch.autograd.backward(loss)

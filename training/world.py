@@ -1,6 +1,6 @@
-"""The small world that the embedded FLUX draws: scenes of flat shapes, their prompts and their pictures.
+"""The small world that the embedded FLUX draws: scenes of flat shapes, their prompts and their images.
 
-A scene is scale free: every length is a share of the picture's short side, so that one scene can be drawn
+A scene is scale free: every length is a share of the image's short side, so that one scene can be drawn
 at any size. Pillow and NumPy only; nothing here knows about models. The training draws its data from this
 module and the judge in the tests measures against the same shapes.
 """
@@ -77,7 +77,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a thing lies, in shares of the short side, from the picture's top left corner."""
+    """Where a thing lies, in shares of the short side, from the image's top left corner."""
 
     x: float
     y: float
@@ -155,18 +155,18 @@ def varied_prompt(scene: Scene, rng: random.Random) -> str:
     subject = " and ".join(nouns)
     if rng.random() < 0.25:
         subject = " and ".join(noun.split(" ", 1)[1] for noun in nouns)
-    lead = rng.choice(("", "", "", "a picture of ", "a photo of ", "an image of "))
+    lead = rng.choice(("", "", "", "an image of ", "a photo of ", "an image of "))
     colour = scene.background
     tail = rng.choice((f" on {_article(colour)} {colour} background", f", {colour} background", f" on {colour}"))
     prompt = lead + subject + tail
     return prompt[0].upper() + prompt[1:] + rng.choice(("", ".")) if rng.random() < 0.2 else prompt
 
 
-# Pictures
+# Images
 
 
 def place(scene: Scene, width: int, height: int, rng: random.Random) -> list[Placement]:
-    """Where each thing of the scene lies in a picture of this size, with a little chance in it."""
+    """Where each thing of the scene lies in an image of this size, with a little chance in it."""
     short = min(width, height)
     across, down = width / short, height / short
     return [_placement(thing, index, len(scene.things), across, down, rng) for index, thing in enumerate(scene.things)]
@@ -230,7 +230,7 @@ RING_HOLE = 0.52
 
 
 def shape_mask(shape: str, placement: Placement, width: int, height: int, supersample: int = 2) -> Image.Image:
-    """The shape's coverage as an "L" picture of width x height, antialiased."""
+    """The shape's coverage as an "L" image of width x height, antialiased."""
     scale = min(width, height) * supersample
     mask = Image.new("L", (width * supersample, height * supersample), 0)
     draw = ImageDraw.Draw(mask)
@@ -249,20 +249,20 @@ def shape_mask(shape: str, placement: Placement, width: int, height: int, supers
 def draw_scene(
     scene: Scene, width: int, height: int, placements: list[Placement], striped: bool = False
 ) -> Image.Image:
-    """The scene as an RGB picture; `striped` draws it in the style that the LoRA `tok-style` stands for."""
+    """The scene as an RGB image; `striped` draws it in the style that the LoRA `tok-style` stands for."""
     supersample = 3 if min(width, height) <= 256 else 2
-    picture = Image.new("RGB", (width, height), COLOURS[scene.background])
+    image = Image.new("RGB", (width, height), COLOURS[scene.background])
     for thing, placement in zip(scene.things, placements, strict=True):
         mask = shape_mask(thing.shape, placement, width, height, supersample)
-        picture.paste(Image.new("RGB", (width, height), COLOURS[thing.colour]), mask=mask)
-    return _striped(picture) if striped else picture
+        image.paste(Image.new("RGB", (width, height), COLOURS[thing.colour]), mask=mask)
+    return _striped(image) if striped else image
 
 
-def _striped(picture: Image.Image) -> Image.Image:
-    """Horizontal bands across the whole picture, eight to the short side, every second one darkened by half."""
-    pixels = np.asarray(picture, dtype=np.float32)
-    short = min(picture.size)
-    rows = np.arange(picture.height, dtype=np.float32) + 0.5
+def _striped(image: Image.Image) -> Image.Image:
+    """Horizontal bands across the whole image, eight to the short side, every second one darkened by half."""
+    pixels = np.asarray(image, dtype=np.float32)
+    short = min(image.size)
+    rows = np.arange(image.height, dtype=np.float32) + 0.5
     wave = np.sin(rows / short * 8 * 2 * math.pi) * short / 50
     dark = np.clip(wave + 0.5, 0, 1)[:, None, None]
     return Image.fromarray(np.uint8(np.rint(pixels * (1 - 0.5 * dark))))

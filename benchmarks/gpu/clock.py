@@ -67,7 +67,7 @@ class Clock:
 
 @dataclass
 class Watch:
-    """The marks that one picture leaves behind: when its text was encoded, and when each denoising step began."""
+    """The marks that one image leaves behind: when its text was encoded, and when each denoising step began."""
 
     clock: Clock
     texts: list[Mark] = field(default_factory=list)

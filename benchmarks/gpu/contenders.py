@@ -21,7 +21,7 @@ from benchmarks.gpu.loras import Loras
 from benchmarks.gpu.models import MODELS, Weights
 from benchmarks.gpu.plan import CACHED, COMPILED, EAGER, HOTSWAP, OURS_FAST, SWAP, SWITCH, Case, Change
 from benchmarks.gpu.scales import Scale
-from engine.compilation import wanted
+from engine.compilation import should_compile
 from engine.fp8 import Scheme, choose_scheme
 from engine.precision import Precision
 from engine.start import assemble
@@ -44,13 +44,13 @@ class Bench:
 
 
 class Contender(Protocol):
-    """Somebody who makes pictures, and can be watched at it."""
+    """Somebody who makes images, and can be watched at it."""
 
     def pipeline(self, case: Case) -> Any:  # noqa: ANN401 - diffusers ships no types
-        """The pipeline that will make the case's pictures; it is built if it is not there."""
+        """The pipeline that will make the case's images; it is built if it is not there."""
 
-    def picture(self, case: Case, prompt: str, steps: int) -> Image.Image:
-        """One picture, of the seed 0."""
+    def make_image(self, case: Case, prompt: str, steps: int) -> Image.Image:
+        """One image, of the seed 0."""
 
     def change(self, change: Change) -> Callable[[int], object]:
         """What does the change, given the number of the turn: odd and even turns go to and fro."""
@@ -69,7 +69,8 @@ class Ours:
         self._bench = bench
         device = bench.clock.device
         models = bench.weights.models(*MODELS)
-        self.engine = assemble(models, fp8_scheme(device), device, compiling=wanted("auto", device), lora_gain=1.0)
+        compiling = should_compile("auto", device)
+        self.engine = assemble(models, fp8_scheme(device), device, compiling=compiling, lora_gain=1.0)
 
     def precision(self, contender: str) -> Precision:
         """The precision that a contender's name means."""
@@ -82,7 +83,7 @@ class Ours:
         """The precision's own."""
         return self.precision(case.contender).models[case.model].pipelines[Mode.TXT2IMG]
 
-    def picture(self, case: Case, prompt: str, steps: int) -> Image.Image:
+    def make_image(self, case: Case, prompt: str, steps: int) -> Image.Image:
         """By way of a request, its LoRAs applied on the way."""
         request = GenerationRequest(
             prompt=prompt,
@@ -98,8 +99,8 @@ class Ours:
             output_quality=80,
             go_fast=case.contender == OURS_FAST,
         )
-        (picture,) = self.engine.generate(request, self.stack(case.loras, case.rank))
-        return picture
+        (image,) = self.engine.generate(request, self.stack(case.loras, case.rank))
+        return image
 
     def stack(self, count: int, rank: int) -> list[tuple[LoraAdapter, float]]:
         """The first LoRAs of this rank, at full strength."""
@@ -140,9 +141,9 @@ class Peer:
             self._built = key, self._build(self._bench, *key)
         return self._built[1]
 
-    def picture(self, case: Case, prompt: str, steps: int) -> Image.Image:
+    def make_image(self, case: Case, prompt: str, steps: int) -> Image.Image:
         """By calling the pipeline."""
-        picture: Image.Image = self.pipeline(case)(
+        image: Image.Image = self.pipeline(case)(
             prompt,
             width=case.width,
             height=case.height,
@@ -151,7 +152,7 @@ class Peer:
             max_sequence_length=self._bench.scale.text_tokens[case.model],
             generator=torch.Generator(self._bench.clock.device).manual_seed(0),
         ).images[0]
-        return picture
+        return image
 
     def change(self, change: Change) -> Callable[[int], object]:
         """diffusers' hotswap of the LoRA that the pipeline was built with."""

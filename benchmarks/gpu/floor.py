@@ -95,7 +95,7 @@ class Floor:
 
 
 def tokens_of(scale: Scale, model: str, width: int, height: int) -> tuple[int, int]:
-    """The tokens of a picture and of its prompt: one for 16x16 pixels, and the prompt's padded length."""
+    """The tokens of an image and of its prompt: one for 16x16 pixels, and the prompt's padded length."""
     return (width // 16) * (height // 16), scale.text_tokens[model]
 
 

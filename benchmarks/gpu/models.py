@@ -54,7 +54,7 @@ class Weights:
         return Model(ModelProfile(name, "", "", self.text_tokens[name]), pipelines)
 
     def pipeline(self, name: str) -> FluxPipeline:
-        """One model's pipeline from text to picture, for the peers."""
+        """One model's pipeline from text to image, for the peers."""
         return self.models(name)[name].pipelines[Mode.TXT2IMG]
 
     def unused_bytes(self, models: frozenset[str]) -> int:

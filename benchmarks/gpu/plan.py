@@ -21,7 +21,7 @@ SWAP, SWITCH, UNLOAD = "swap LoRA", "switch model", "unload LoRA"
 
 @dataclass(frozen=True)
 class Case:
-    """A row of times: who makes which picture with how many LoRAs."""
+    """A row of times: who makes which image with how many LoRAs."""
 
     contender: str
     model: str
@@ -31,7 +31,7 @@ class Case:
     rank: int
     """Of each LoRA; 0 without."""
     whole: bool
-    """Whether all steps of a picture are run; a few of them otherwise, and the rest is worked out."""
+    """Whether all steps of an image are run; a few of them otherwise, and the rest is worked out."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def _said(report: Report) -> Iterable[str]:
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
     yield f"Budget {report.budget_minutes:g} minutes: {spent or 'nothing run yet'}."
     yield ""
-    yield "Random weights; one picture from text, the prompt always a new one, webp; medians."
+    yield "Random weights; one image from text, the prompt always a new one, webp; medians."
     yield ""
 
 
@@ -104,7 +104,7 @@ def _floor_lines(floor: Floor) -> Iterable[str]:
 def _times_lines(rows: Sequence[Row]) -> Iterable[str]:
     if not rows:
         return
-    yield "## Pictures"
+    yield "## Images"
     yield ""
     head = (
         "contender", "model", "size", "LoRAs", "ms a step", "TFLOP/s", "floor ms", "share of floor", "end to end s",
@@ -112,7 +112,7 @@ def _times_lines(rows: Sequence[Row]) -> Iterable[str]:
     )  # fmt: skip
     yield from _table(head, [_times_cells(row.job, row.figures) for row in rows])
     yield from (
-        "- Times marked * are worked out: a picture of few steps, and the other steps at their pace.",
+        "- Times marked * are worked out: an image of few steps, and the other steps at their pace.",
         "- The floor of what runs in fp8 is that of fp8 products, of everything else that of exact ones.",
         "- Peak: without the weights that the row has no need of.",
         "- cache-dit leaves out parts of steps, which counts as done here; how many, random weights do not tell.",
@@ -144,11 +144,11 @@ def _change_lines(rows: Iterable[Row]) -> Iterable[str]:
             [(j.contender, _change(j), f.p50_milliseconds, f.p95_milliseconds, f.count) for j, f in timed],
         )
     for job, figures in checked:
-        weights, picture = (
+        weights, image = (
             "equal to the bit" if equal else "NOT equal"
-            for equal in (figures.bit_equal_weights, figures.bit_equal_picture)
+            for equal in (figures.bit_equal_weights, figures.bit_equal_image)
         )
-        yield f"{job.contender}, after {_change(job)}: weights {weights}, picture {picture}."
+        yield f"{job.contender}, after {_change(job)}: weights {weights}, image {image}."
     yield ""
 
 

@@ -37,25 +37,25 @@ class Times:
     share_of_floor: float
     """floor_milliseconds / milliseconds_a_step: 1 is the floor's speed."""
     steps: int
-    """Of the picture whose end to end time is given."""
+    """Of the image whose end to end time is given."""
     end_to_end: str
     """"measured", or "computed from n steps"."""
     end_to_end_seconds: float
     text_seconds: float
     denoise_seconds: float
     decode_seconds: float
-    """From the last step's end to a picture in host memory."""
+    """From the last step's end to an image in host memory."""
     encode_seconds: float
     """As webp."""
     rest_seconds: float
     """Preparation on the host, and what it makes the device wait."""
     peak_gib: float
-    """Of all that the row needs, the first picture and its compilations included."""
+    """Of all that the row needs, the first image and its compilations included."""
     compile_seconds: float
-    """Of the row's first picture, which comes before the timed ones."""
+    """Of the row's first image, which comes before the timed ones."""
     compilations: int
     recompilations: int
-    """During the timed pictures."""
+    """During the timed images."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Unloaded:
     """What a LoRA leaves behind when it is gone."""
 
     bit_equal_weights: bool
-    bit_equal_picture: bool
+    bit_equal_image: bool
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     total: float
     text: float
     denoise: float
@@ -85,7 +85,7 @@ class _Picture:
 
 
 def time_case(bench: Bench, contender: Contender, case: Case, floor: Floor) -> Times:
-    """Make a first picture, which builds and compiles what is not there yet, and then the timed ones."""
+    """Make a first image, which builds and compiles what is not there yet, and then the timed ones."""
     scale, clock = bench.scale, bench.clock
     whole = scale.steps[case.model]
     steps = whole if case.whole else scale.few_steps
@@ -93,12 +93,12 @@ def time_case(bench: Bench, contender: Contender, case: Case, floor: Floor) -> T
     first, timed = Compilations(), Compilations()
     contender.pipeline(case).set_progress_bar_config(disable=True)
     with first.counted():
-        contender.picture(case, "the first one", WARM_STEPS)
+        contender.make_image(case, "the first one", WARM_STEPS)
     with timed.counted():
-        pictures = [_timed_picture(clock, contender, case, steps, run) for run in range(scale.runs)]
+        images = [_timed_image(clock, contender, case, steps, run) for run in range(scale.runs)]
     used_bytes = clock.peak_bytes() - bench.weights.unused_bytes(contender.models_used)
     total, text, denoise, decode, encoded = (
-        statistics.median(getattr(picture, part) for picture in pictures)
+        statistics.median(getattr(image, part) for image in images)
         for part in ("total", "text", "denoise", "decode", "encode")
     )
     step = denoise / steps
@@ -126,20 +126,20 @@ def time_case(bench: Bench, contender: Contender, case: Case, floor: Floor) -> T
     )
 
 
-def _timed_picture(clock: Clock, contender: Contender, case: Case, steps: int, run: int) -> _Picture:
+def _timed_image(clock: Clock, contender: Contender, case: Case, steps: int, run: int) -> _Image:
     """Each has a prompt of its own, since encoded prompts may be kept."""
     prompt = f"a circle {crc32(repr((case, run)).encode())}"
     watch = Watch(clock)
     clock.finish()
     with watch.over(contender.pipeline(case)):
         started = time.perf_counter()
-        picture = contender.picture(case, prompt, steps)
+        image = contender.make_image(case, prompt, steps)
         decoded = clock.mark()
         made = time.perf_counter()
-    encode(picture, "webp", 80)
+    encode(image, "webp", 80)
     ended = time.perf_counter()
     decode = clock.seconds(watch.ends[-1], decoded)
-    return _Picture(ended - started, watch.text_seconds, sum(watch.step_seconds), decode, ended - made)
+    return _Image(ended - started, watch.text_seconds, sum(watch.step_seconds), decode, ended - made)
 
 
 def time_change(bench: Bench, contender: Contender, change: Change) -> ChangeTimes:
@@ -162,7 +162,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def check_unload(bench: Bench, ours: Ours, change: Change) -> Unloaded:
-    """Compare dev without LoRAs before and after it carried one, in its weights and in a picture.
+    """Compare dev without LoRAs before and after it carried one, in its weights and in an image.
 
     Raises:
         RuntimeError: the LoRA changed nothing, so that nothing was checked.
@@ -172,13 +172,13 @@ def check_unload(bench: Bench, ours: Ours, change: Change) -> Unloaded:
     adapted = Case(change.contender, DEV, width, height, 1, change.rank, whole=False)
 
     def state(case: Case) -> tuple[bytes, str]:
-        picture = ours.picture(case, "the same", WARM_STEPS)
-        return picture.tobytes(), digest(ours.pipeline(case).transformer)
+        image = ours.make_image(case, "the same", WARM_STEPS)
+        return image.tobytes(), digest(ours.pipeline(case).transformer)
 
     before, between, after = state(plain), state(adapted), state(plain)
     if before[0] == between[0] or before[1] == between[1]:
         raise RuntimeError("the LoRA changed nothing")
-    return Unloaded(bit_equal_weights=before[1] == after[1], bit_equal_picture=before[0] == after[0])
+    return Unloaded(bit_equal_weights=before[1] == after[1], bit_equal_image=before[0] == after[0])
 
 
 def digest(module: nn.Module) -> str:

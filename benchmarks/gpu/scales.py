@@ -24,7 +24,7 @@ class Scale:
     text_tokens: Mapping[str, int]
     """Length of the T5 prompt, for each model."""
     steps: Mapping[str, int]
-    """Denoising steps of a whole picture, for each model."""
+    """Denoising steps of a whole image, for each model."""
     few_steps: int
     """Denoising steps of the rows whose end to end time is worked out from a part of it."""
     sizes: tuple[tuple[int, int], ...]
@@ -32,11 +32,11 @@ class Scale:
     ranks: tuple[int, int]
     """Of the LoRAs; the first is the main one."""
     runs: int
-    """Timed pictures a row, after a first that is not."""
+    """Timed images a row, after a first that is not."""
     swaps: int
     """Timed changes of LoRAs or of the model, after two that are not."""
     gemm_rows: tuple[int, ...]
-    """M of the matrix products: tokens of both streams together, of the picture, and of the prompt."""
+    """M of the matrix products: tokens of both streams together, of the image, and of the prompt."""
     gemm_repeats: int
     copied_bytes: int
     compiler: str

@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 
-from lora_loading.applying.slots import copy_with, place_of
+from lora_loading.applying.slots import copy_with, slot_of
 from lora_loading.reading.adapter import BundledEmbedding
 
 TOKENS = 128
@@ -23,7 +23,7 @@ TOKENS = 128
 OURS = re.compile(r"<lora-word-\d+>")
 
 
-class PromptWords:
+class BundledEmbeddings:
     """Owns the tokens of ours in one tokenizer, and the table of embeddings of its text encoder."""
 
     def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:  # noqa: ANN401 - transformers ships few types
@@ -31,11 +31,11 @@ class PromptWords:
         texts = [f"<lora-word-{index}>" for index in range(TOKENS)]
         tokenizer.add_tokens([AddedToken(text, lstrip=True, normalized=False, special=False) for text in texts])
         self._first: int = tokenizer.convert_tokens_to_ids(texts[0])
-        self._places = [place_of(encoder, name) for name in _tables(encoder)]
+        self._places = [slot_of(encoder, name) for name in _tables(encoder)]
         self._tokens: dict[str, str] = {}
         _find_the_end_by_its_token(encoder, tokenizer)
 
-    def carry(self, embeddings: Sequence[BundledEmbedding]) -> None:
+    def activate(self, embeddings: Sequence[BundledEmbedding]) -> None:
         """Know exactly these words; of two that are the same the later counts."""
         vectors = {embedding.word: embedding.vectors for embedding in embeddings}
         self._tokens = {}

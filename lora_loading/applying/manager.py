@@ -1,13 +1,13 @@
 """The AdapterManager: a model's modules carry exactly the wanted stack of adapters and nothing else.
 
-The pristine weights are never written. A layer that carries something gives its place in the module tree to another
+The pristine weights are never written. A layer that carries something gives its slot in the module tree to another
 one that shares its weight:
 
     low-rank factors      stay beside the weight: AdaptedLinear
     any other change      a weight of its own, pristine + changes, worked out in float32
 
-and takes its place back afterwards, so a model without adapters is the plain model, to the bit and to the microsecond.
-Every `apply` writes all places afresh, whatever was there before; between its beginning and its end the state is
+and takes its slot back afterwards, so a model without adapters is the plain model, to the bit and to the microsecond.
+Every `apply` writes all slots afresh, whatever was there before; between its beginning and its end the state is
 unknown, so what an exception or a cancellation leaves is mended by the next `apply`.
 
 For compiled modules, whose graphs depend on which layers are adapted and on the ranks, `reserved_rank` gives all
@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_loading.applying.embeddings import PromptWords
-from lora_loading.applying.slots import AdaptedLinear, Place, copy_with, place_of
+from lora_loading.applying.embeddings import BundledEmbeddings
+from lora_loading.applying.slots import AdaptedLinear, ModuleSlot, copy_with, slot_of
 from lora_loading.reading.adapter import LoraAdapter
 from lora_loading.shapes import TRANSFORMER, ModelShapes, adaptable_layers, components_of, shapes_of
 from lora_loading.updates import LowRank, Update, merged
@@ -58,71 +58,73 @@ class LayerChanges:
 class ComponentAdapters:
     """Owns what one module carries; models that share the module share this too."""
 
-    def __init__(self, name: str, module: nn.Module, reserved_rank: int = 0, words: PromptWords | None = None) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, reserved_rank: int = 0, words: BundledEmbeddings | None = None
+    ) -> None:
         """Start with a plain module.
 
         Args:
             name: the component's name in diffusers' pipelines.
             module: a module without adapters.
             reserved_rank: 0 for a module that runs eagerly; else the rank for which a compiled one's graph has room.
-            words: a text encoder's place for the words that adapters bring along.
+            words: a text encoder's slot for the words that adapters bring along.
         """
         self.name = name
         self.module = module
         self.words = words
         self._reserved_rank = reserved_rank
-        self._places = {layer: place_of(module, layer) for layer in adaptable_layers(module)}
-        self._carried: StackKey | None = ()
+        self._slots = {layer: slot_of(module, layer) for layer in adaptable_layers(module)}
+        self._active_stack: StackKey | None = ()
 
     @property
-    def carried(self) -> StackKey | None:
+    def active_stack(self) -> StackKey | None:
         """What the module carries, None while that is unknown."""
-        return self._carried
+        return self._active_stack
 
     @torch.no_grad()
     def apply(self, stack: Stack) -> None:
         """Make the module carry exactly this stack, each adapter once; nothing is done where it does already."""
         own, wanted = own_part(stack, self.name)
-        if self._carried == wanted:
+        if self._active_stack == wanted:
             return
-        self._carried = None
+        self._active_stack = None
         changes = changes_by_layer(own, self.name)
-        room = self._room(changes.values())
+        reserved_rank = self._reserved_rank_for(changes.values())
         nothing = LayerChanges()
-        for name, place in self._places.items():
-            place.put(self._layer_for(place, changes.get(name, nothing), room))
+        for name, slot in self._slots.items():
+            slot.put(self._layer_for(slot, changes.get(name, nothing), reserved_rank))
         if self.words is not None:
-            self.words.carry([e for adapter, _ in own for e in adapter.embeddings if e.component == self.name])
-        self._carried = wanted
+            self.words.activate([e for adapter, _ in own for e in adapter.embeddings if e.component == self.name])
+        self._active_stack = wanted
 
-    def _room(self, changes: Iterable[LayerChanges]) -> int:
-        """The rank that every linear layer has room for; 0 where each has what it needs."""
+    def _reserved_rank_for(self, changes: Iterable[LayerChanges]) -> int:
+        """The rank that every linear layer reserves; 0 where each takes the rank that it needs."""
         most = max((change.rank for change in changes), default=0)
         if not self._reserved_rank or not most:
             return 0
         return max(self._reserved_rank, 1 << (most - 1).bit_length())
 
-    def _layer_for(self, place: Place, changes: LayerChanges, room: int) -> nn.Module:
-        pristine = weight, bias = place.pristine
+    def _layer_for(self, slot: ModuleSlot, changes: LayerChanges, reserved_rank: int) -> nn.Module:
+        pristine = weight, bias = slot.pristine
         if changes.weight:
             weight = self._changed(weight, changes.weight)
         if changes.bias and bias is not None:
             bias = self._changed(bias, changes.bias)
-        rank = (room or changes.rank) if isinstance(place.plain, nn.Linear) else 0
+        rank = (reserved_rank or changes.rank) if isinstance(slot.plain, nn.Linear) else 0
         if rank:
-            adapted = place.adapted = place.adapted or AdaptedLinear(place.plain)
-            adapted.carry(weight, bias, *_joined(changes.factors, rank, pristine[0]))
+            adapted = slot.adapted = slot.adapted or AdaptedLinear(slot.plain)
+            adapted.activate(weight, bias, *_joined(changes.factors, rank, pristine[0]))
             return adapted
-        place.rest()
+        slot.rest()
         changed = weight is not pristine[0] or bias is not pristine[1]
-        return copy_with(place.plain, weight, bias) if changed else place.plain
+        return copy_with(slot.plain, weight, bias) if changed else slot.plain
 
     def _changed(self, pristine: nn.Parameter, changes: list[tuple[Update, float]]) -> nn.Parameter:
-        new = merged(pristine, changes, lambda name: self._places[name].pristine[0])
+        new = merged(pristine, changes, lambda name: self._slots[name].pristine[0])
         return nn.Parameter(new.to(pristine.dtype), requires_grad=False)
 
 
-class Carrier(Protocol):
+class AdaptedComponent(Protocol):
     """Who makes one module carry a stack: `ComponentAdapters`, or the owner of a copy that is rewritten."""
 
     @property
@@ -134,11 +136,11 @@ class Carrier(Protocol):
         """The module."""
 
     @property
-    def words(self) -> PromptWords | None:
+    def words(self) -> BundledEmbeddings | None:
         """Where a text encoder has the words that adapters bring along."""
 
     @property
-    def carried(self) -> StackKey | None:
+    def active_stack(self) -> StackKey | None:
         """What the module carries, None while that is unknown."""
 
     def apply(self, stack: Stack) -> None:
@@ -148,7 +150,7 @@ class Carrier(Protocol):
 class AdapterManager:
     """The adapters of one model: its transformer's, and those of the text encoders that other models may share."""
 
-    def __init__(self, components: Sequence[Carrier]) -> None:
+    def __init__(self, components: Sequence[AdaptedComponent]) -> None:
         self.components = {component.name: component for component in components}
         self.shapes: ModelShapes = shapes_of({component.name: component.module for component in components})
         """What an adapter has to fit; for `read_adapter`."""
@@ -175,9 +177,9 @@ class AdapterManager:
         owner = self.components.get(component)
         return prompt if owner is None or owner.words is None else owner.words.expand(prompt)
 
-    def carried(self, component: str) -> StackKey | None:
+    def active_stack(self, component: str) -> StackKey | None:
         """What a component carries, None while that is unknown; for keys of caches of its results."""
-        return self.components[component].carried
+        return self.components[component].active_stack
 
 
 def adapter_managers(pipelines: Mapping[str, Any], reserved_rank: int = 0) -> dict[str, AdapterManager]:
@@ -203,7 +205,7 @@ def _owner(name: str, module: nn.Module, pipeline: Any, reserved_rank: int) -> C
     if name == TRANSFORMER:
         return ComponentAdapters(name, module, reserved_rank)
     tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
-    return ComponentAdapters(name, module, words=PromptWords(module, tokenizer))
+    return ComponentAdapters(name, module, words=BundledEmbeddings(module, tokenizer))
 
 
 def _joined_strengths(stack: Stack) -> list[tuple[LoraAdapter, float]]:

@@ -33,7 +33,7 @@ class AdaptedLinear(nn.Linear):
         self.register_buffer("lora_b", _NO_FACTORS[1], persistent=False)
         self.train(base.training)
 
-    def carry(self, weight: nn.Parameter, bias: nn.Parameter | None, lora_a: Tensor, lora_b: Tensor) -> None:
+    def activate(self, weight: nn.Parameter, bias: nn.Parameter | None, lora_a: Tensor, lora_b: Tensor) -> None:
         """Take these tensors as they are: (out, in), (out,), (rank, in) and (out, rank).
 
         They are written where nn.Module keeps them, past its checks, which would take half of a swap's time.
@@ -50,7 +50,7 @@ class AdaptedLinear(nn.Linear):
 
 
 @dataclass
-class Place:
+class ModuleSlot:
     """A place in the module tree: who holds it, the plain layer, and the one that stands for it with factors."""
 
     parent: nn.Module
@@ -66,7 +66,7 @@ class Place:
     def rest(self) -> None:
         """Free what the layer with factors holds; the layer itself is kept, since making 500 of them takes 10 ms."""
         if self.adapted is not None:
-            self.adapted.carry(*self.pristine, *_NO_FACTORS)
+            self.adapted.activate(*self.pristine, *_NO_FACTORS)
 
     @property
     def pristine(self) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -75,11 +75,11 @@ class Place:
         return parameters["weight"], parameters.get("bias")
 
 
-def place_of(module: nn.Module, name: str) -> Place:
+def slot_of(module: nn.Module, name: str) -> ModuleSlot:
     """The place of the layer that has this name now; it counts as the plain one."""
     parent, _, child = name.rpartition(".")
     holder = module.get_submodule(parent)
-    return Place(holder, child, holder.get_submodule(child))
+    return ModuleSlot(holder, child, holder.get_submodule(child))
 
 
 def copy_with(layer: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:  # noqa: ANN401 - any norm

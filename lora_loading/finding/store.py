@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from errors import DownloadError, HttpStatusError, LoraFormatError, LoraReferenceError, SettingsError
 from fetching.download import Limits
 from fetching.network import Client
-from fetching.store import Room
+from fetching.store import DiskQuota
 from lora_loading.finding.reference import LoraReference, parse
 from lora_loading.finding.resolve import Endpoints, Resolver, explain, token_for
 from lora_loading.finding.tokens import Tokens
@@ -96,9 +96,12 @@ def open_store(settings: Settings) -> LoraStore:
         SettingsError: the cache folder cannot be used, or the default LoRA is in no form that we know.
     """
     client = Client(settings.trusted_hosts)
-    limits, room = Limits(settings.max_download_bytes), Room(settings.cache_min_free_bytes, settings.cache_max_bytes)
+    limits, quota = (
+        Limits(settings.max_download_bytes),
+        DiskQuota(settings.cache_min_free_bytes, settings.cache_max_bytes),
+    )
     try:
-        cache = WeightsCache(settings.cache_dir.expanduser(), client, limits=limits, room=room)
+        cache = WeightsCache(settings.cache_dir.expanduser(), client, limits=limits, quota=quota)
     except OSError as error:
         found = f"FLUX_CACHE_DIR is {settings.cache_dir}, which cannot be written: {error.strerror}"
         raise SettingsError(f"{found}. Set it to another folder.") from error

@@ -56,7 +56,7 @@ def peft_settings(metadata: Mapping[str, str], component: str) -> PeftSettings:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The words that the file says, or else the tags that stood at all of its training pictures; at most 4."""
+    """The words that the file says, or else the tags that stood at all of its training images; at most 4."""
     said = next((metadata[name] for name in PHRASES if metadata.get(name)), None)
     if said is not None:
         return _words(said.strip("[]").replace('"', "").split(","))

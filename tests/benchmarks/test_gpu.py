@@ -251,7 +251,7 @@ def test_compilations_are_counted_where_there_are_any(report: dict[str, Any]) ->
 def test_a_lora_leaves_nothing_behind(report: dict[str, Any]) -> None:
     unloaded = [row for row in report["changes"] if row["what"] == "unload LoRA"]
     assert [row["contender"] for row in unloaded] == ["ours, fast", "ours, exact"]
-    assert all(row["bit_equal_weights"] and row["bit_equal_picture"] for row in unloaded)
+    assert all(row["bit_equal_weights"] and row["bit_equal_image"] for row in unloaded)
 
 
 def test_the_markdown_shows_the_same_rows(folder: Path, report: dict[str, Any]) -> None:

@@ -32,8 +32,8 @@ def test_a_prediction_prints_its_files_seed_seconds_and_progress(tmp_path: Path)
     assert "seed 5" in done.stdout
     assert " s in all" in done.stdout
     assert "100%" in done.stderr
-    with Image.open(tmp_path / "out" / "output.1.webp") as picture:
-        assert picture.size == (256, 256)
+    with Image.open(tmp_path / "out" / "output.1.webp") as image:
+        assert image.size == (256, 256)
 
 
 def test_a_newcomer_sees_none_of_the_libraries_chatter(tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_a_file_is_given_with_an_at_sign(tmp_path: Path) -> None:
     inputs = ["-i", "prompt=x", "-i", "image=@in.png", "-i", "prompt_strength=0", "-i", "output_format=png"]
     done = script_predict(tmp_path, *inputs)
     assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "output.0.png") as picture:
-        assert picture.tobytes() == Image.new("RGB", (64, 48), "red").tobytes()
+    with Image.open(tmp_path / "output.0.png") as image:
+        assert image.tobytes() == Image.new("RGB", (64, 48), "red").tobytes()
 
 
 @pytest.mark.parametrize(

@@ -89,24 +89,24 @@ def decode(uri: str) -> tuple[str, bytes]:
     return head, base64.b64decode(body)
 
 
-def data_uri(picture: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def test_a_prediction_returns_pictures_metrics_and_logs(client: Client) -> None:
+def test_a_prediction_returns_images_metrics_and_logs(client: Client) -> None:
     answer = client.predict(num_outputs=2, output_format="webp", seed=99)
     assert answer["status"] == "succeeded"
     assert [decode(uri)[0] for uri in answer["output"]] == ["data:image/webp;base64"] * 2
-    with Image.open(io.BytesIO(decode(answer["output"][0])[1])) as picture:
-        assert (picture.format, picture.size) == ("WEBP", (256, 256))
+    with Image.open(io.BytesIO(decode(answer["output"][0])[1])) as image:
+        assert (image.format, image.size) == ("WEBP", (256, 256))
     assert answer["metrics"]["seed"] == 99
     assert "seed 99" in answer["logs"]
     assert "3/3" in answer["logs"]  # the progress bar, which clients read
 
 
-def test_no_seed_reports_the_one_used_and_it_repeats_the_picture(client: Client) -> None:
+def test_no_seed_reports_the_one_used_and_it_repeats_the_image(client: Client) -> None:
     first = client.predict(seed=-1)
     assert client.predict(seed=first["metrics"]["seed"])["output"] == first["output"]
 
@@ -205,13 +205,13 @@ def test_text_that_is_no_upload_is_refused(client: Client, text: str) -> None:
     assert "not an uploaded file" in answer["error"]
 
 
-def test_an_image_and_a_mask_come_as_data_uris(client: Client, scene_picture: Image.Image) -> None:
+def test_an_image_and_a_mask_come_as_data_uris(client: Client, scene_image: Image.Image) -> None:
     mask = Image.new("L", (256, 256), 0)
     mask.paste(255, (0, 0, 40, 256))
-    answer = client.predict(image=data_uri(scene_picture), mask=data_uri(mask), prompt_strength=0.9)
-    with Image.open(io.BytesIO(decode(answer["output"][0])[1])) as picture:
+    answer = client.predict(image=data_uri(scene_image), mask=data_uri(mask), prompt_strength=0.9)
+    with Image.open(io.BytesIO(decode(answer["output"][0])[1])) as image:
         kept = (40, 0, 256, 256)
-        assert picture.crop(kept).tobytes() == scene_picture.crop(kept).tobytes()
+        assert image.crop(kept).tobytes() == scene_image.crop(kept).tobytes()
 
 
 def test_put_creates_a_prediction_of_that_name(client: Client) -> None:
@@ -280,7 +280,7 @@ def receiver() -> Iterator[tuple[str, dict[str, bytes]]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Keep)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/pictures/", received
+    yield f"http://127.0.0.1:{server.server_port}/images/", received
     server.shutdown()
     server.server_close()
 

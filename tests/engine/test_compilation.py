@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.compiler._cache import CacheArtifactManager
 
-from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, wanted
+from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, should_compile
 from engine.loading import load_models
 from engine.profiles import model_profiles
 from request import Mode
@@ -63,7 +63,7 @@ def run(model: FluxTransformer2DModel, image_tokens: int, text_tokens: int) -> T
     [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("off", "cuda", False)],
 )
 def test_auto_compiles_with_cuda_alone(setting: str, device: str, expected: bool) -> None:
-    assert wanted(setting, torch.device(device)) is expected
+    assert should_compile(setting, torch.device(device)) is expected
 
 
 # How often

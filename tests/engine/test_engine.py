@@ -28,7 +28,7 @@ from tests.conftest import QUICK, request_of
 Save = Callable[..., Path]
 
 
-def picture_of(engine: Engine, **inputs: Any) -> Image.Image:
+def image_of(engine: Engine, **inputs: Any) -> Image.Image:
     return next(engine.generate(request_of(**{**QUICK, **inputs})))
 
 
@@ -36,7 +36,7 @@ def bare_call(engine: Engine, request: GenerationRequest, **extra: Any) -> Image
     """What diffusers' own pipeline gives for the request, called as its documentation says."""
     model = engine.exact.models[request.model]
     pipeline = model.pipelines[request.mode]
-    picture: Image.Image = pipeline(
+    image: Image.Image = pipeline(
         request.prompt,
         width=request.size.width,
         height=request.size.height,
@@ -46,7 +46,7 @@ def bare_call(engine: Engine, request: GenerationRequest, **extra: Any) -> Image
         generator=torch.Generator().manual_seed(request.seed),
         **extra,
     ).images[0]
-    return picture
+    return image
 
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
@@ -55,8 +55,8 @@ def test_text_to_image_equals_the_bare_pipeline(engine: Engine, model: str) -> N
     assert next(engine.generate(request)).tobytes() == bare_call(engine, request).tobytes()
 
 
-def test_image_to_image_equals_the_bare_pipeline(engine: Engine, save: Save, scene_picture: Image.Image) -> None:
-    request = request_of(**QUICK, image=save(scene_picture), prompt_strength=0.7)
+def test_image_to_image_equals_the_bare_pipeline(engine: Engine, save: Save, scene_image: Image.Image) -> None:
+    request = request_of(**QUICK, image=save(scene_image), prompt_strength=0.7)
     bare = bare_call(engine, request, image=request.image, strength=0.7)
     assert next(engine.generate(request)).tobytes() == bare.tobytes()
 
@@ -72,33 +72,33 @@ def test_the_modes_share_their_weights_and_nothing_that_changes(engine: Engine) 
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
 def test_the_same_seed_gives_the_same_bytes_whatever_came_between(
-    engine: Engine, save: Save, scene_picture: Image.Image, model: str
+    engine: Engine, save: Save, scene_image: Image.Image, model: str
 ) -> None:
-    first = picture_of(engine, model=model)
-    picture_of(engine, model=model, image=save(scene_picture), num_inference_steps=5)
-    picture_of(engine, model=model, image=save(scene_picture), mask=save(Image.new("L", (256, 256), 255), "m.png"))
-    picture_of(engine, model=model, seed=8, num_inference_steps=1)
-    assert picture_of(engine, model=model).tobytes() == first.tobytes()
-    assert picture_of(engine, model=model, seed=8).tobytes() != first.tobytes()
+    first = image_of(engine, model=model)
+    image_of(engine, model=model, image=save(scene_image), num_inference_steps=5)
+    image_of(engine, model=model, image=save(scene_image), mask=save(Image.new("L", (256, 256), 255), "m.png"))
+    image_of(engine, model=model, seed=8, num_inference_steps=1)
+    assert image_of(engine, model=model).tobytes() == first.tobytes()
+    assert image_of(engine, model=model, seed=8).tobytes() != first.tobytes()
 
 
-def test_a_picture_depends_on_its_seed_and_index_alone(engine: Engine) -> None:
+def test_an_image_depends_on_its_seed_and_index_alone(engine: Engine) -> None:
     both = [p.tobytes() for p in engine.generate(request_of(**QUICK, num_outputs=3))]
     assert len(set(both)) == 3
     assert [p.tobytes() for p in engine.generate(request_of(**QUICK, num_outputs=1))] == both[:1]
-    assert picture_of(engine, seed=QUICK["seed"] + 2).tobytes() == both[2]
+    assert image_of(engine, seed=QUICK["seed"] + 2).tobytes() == both[2]
 
 
 def test_the_global_random_state_is_left_alone(engine: Engine) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    picture_of(engine)
+    image_of(engine)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_guidance_has_an_effect_on_dev_and_none_on_schnell(engine: Engine) -> None:
-    assert picture_of(engine, guidance_scale=1.0).tobytes() != picture_of(engine, guidance_scale=5.0).tobytes()
-    schnell = [picture_of(engine, model="schnell", guidance_scale=scale).tobytes() for scale in (0.0, 5.0)]
+    assert image_of(engine, guidance_scale=1.0).tobytes() != image_of(engine, guidance_scale=5.0).tobytes()
+    schnell = [image_of(engine, model="schnell", guidance_scale=scale).tobytes() for scale in (0.0, 5.0)]
     assert schnell[0] == schnell[1]
 
 
@@ -111,8 +111,8 @@ def test_as_many_steps_are_taken_as_asked(engine: Engine, model: str, steps: int
     assert pipeline.num_timesteps == steps
 
 
-def test_more_steps_change_the_picture(engine: Engine) -> None:
-    assert picture_of(engine, num_inference_steps=1).tobytes() != picture_of(engine, num_inference_steps=2).tobytes()
+def test_more_steps_change_the_image(engine: Engine) -> None:
+    assert image_of(engine, num_inference_steps=1).tobytes() != image_of(engine, num_inference_steps=2).tobytes()
 
 
 # Strength
@@ -120,39 +120,37 @@ def test_more_steps_change_the_picture(engine: Engine) -> None:
 
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_strength_zero_returns_the_image_as_it_is(
-    engine: Engine, save: Save, scene_picture: Image.Image, with_mask: bool
+    engine: Engine, save: Save, scene_image: Image.Image, with_mask: bool
 ) -> None:
     mask = {"mask": save(Image.new("L", (256, 256), 255), "m.png")} if with_mask else {}
-    request = request_of(**{**QUICK, "num_outputs": 2}, image=save(scene_picture), prompt_strength=0.0, **mask)
-    pictures = list(engine.generate(request))
-    assert [p.tobytes() for p in pictures] == [scene_picture.tobytes()] * 2
+    request = request_of(**{**QUICK, "num_outputs": 2}, image=save(scene_image), prompt_strength=0.0, **mask)
+    images = list(engine.generate(request))
+    assert [p.tobytes() for p in images] == [scene_image.tobytes()] * 2
 
 
 @pytest.mark.parametrize("strength", [1e-9, 0.001, 0.02, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_no_strength_is_an_error(
-    engine: Engine, save: Save, scene_picture: Image.Image, strength: float, steps: int
+    engine: Engine, save: Save, scene_image: Image.Image, strength: float, steps: int
 ) -> None:
     given = {**QUICK, "num_inference_steps": steps}
-    request = request_of(**given, image=save(scene_picture), prompt_strength=strength)
+    request = request_of(**given, image=save(scene_image), prompt_strength=strength)
     assert next(engine.generate(request)).size == (256, 256)
     assert denoising_steps(request) >= 1
 
 
-def test_strength_one_ignores_what_the_image_shows(engine: Engine, save: Save, scene_picture: Image.Image) -> None:
+def test_strength_one_ignores_what_the_image_shows(engine: Engine, save: Save, scene_image: Image.Image) -> None:
     other = save(Image.effect_noise((256, 256), 80), "other.png")
-    pictures = [
-        picture_of(engine, image=image, prompt_strength=1.0).tobytes() for image in (save(scene_picture), other)
-    ]
-    assert pictures[0] == pictures[1]
+    images = [image_of(engine, image=image, prompt_strength=1.0).tobytes() for image in (save(scene_image), other)]
+    assert images[0] == images[1]
 
 
-def test_less_strength_stays_nearer_to_the_image(engine: Engine, save: Save, scene_picture: Image.Image) -> None:
-    image = save(scene_picture)
+def test_less_strength_stays_nearer_to_the_image(engine: Engine, save: Save, scene_image: Image.Image) -> None:
+    image = save(scene_image)
     changes = [
         np.abs(
-            np.asarray(picture_of(engine, image=image, prompt_strength=s, num_inference_steps=8), dtype=float)
-            - np.asarray(scene_picture, dtype=float)
+            np.asarray(image_of(engine, image=image, prompt_strength=s, num_inference_steps=8), dtype=float)
+            - np.asarray(scene_image, dtype=float)
         ).mean()
         for s in (0.2, 0.6, 1.0)
     ]
@@ -166,15 +164,15 @@ def test_black_of_the_mask_is_kept_to_the_pixel_and_white_is_repainted(engine: E
     original = Image.effect_noise((256, 256), 60).convert("RGB")
     mask = Image.new("L", (256, 256), 0)
     mask.paste(255, (128, 0, 256, 256))
-    picture = picture_of(engine, image=save(original), mask=save(mask, "mask.png"), prompt_strength=1.0)
+    image = image_of(engine, image=save(original), mask=save(mask, "mask.png"), prompt_strength=1.0)
     kept, repainted = (0, 0, 128, 256), (128, 0, 256, 256)
-    assert picture.crop(kept).tobytes() == original.crop(kept).tobytes()
-    assert picture.crop(repainted).tobytes() != original.crop(repainted).tobytes()
+    assert image.crop(kept).tobytes() == original.crop(kept).tobytes()
+    assert image.crop(repainted).tobytes() != original.crop(repainted).tobytes()
 
 
-def test_the_mask_of_another_size_is_fitted(engine: Engine, save: Save, scene_picture: Image.Image) -> None:
-    picture = picture_of(engine, image=save(scene_picture), mask=save(Image.new("L", (90, 90), 0), "m.png"))
-    assert picture.tobytes() == scene_picture.tobytes()
+def test_the_mask_of_another_size_is_fitted(engine: Engine, save: Save, scene_image: Image.Image) -> None:
+    image = image_of(engine, image=save(scene_image), mask=save(Image.new("L", (90, 90), 0), "m.png"))
+    assert image.tobytes() == scene_image.tobytes()
 
 
 # Sizes, prompts, faults
@@ -182,20 +180,20 @@ def test_the_mask_of_another_size_is_fitted(engine: Engine, save: Save, scene_pi
 
 @pytest.mark.parametrize("size", [(256, 1440), (400, 272)])
 def test_a_size_is_the_one_asked_for(engine: Engine, size: tuple[int, int]) -> None:
-    assert picture_of(engine, width=size[0], height=size[1], num_inference_steps=1).size == size
+    assert image_of(engine, width=size[0], height=size[1], num_inference_steps=1).size == size
 
 
 def test_the_smallest_image_works(engine: Engine, save: Save) -> None:
-    assert picture_of(engine, image=save(Image.new("RGB", (3, 2)))).size == (16, 16)
+    assert image_of(engine, image=save(Image.new("RGB", (3, 2)))).size == (16, 16)
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "é 漢字 😀 \x00 <|endoftext|> </s>", "red " * 5000])
-def test_any_prompt_gives_a_picture(engine: Engine, prompt: str) -> None:
-    assert picture_of(engine, prompt=prompt, num_inference_steps=1).size == (256, 256)
+def test_any_prompt_gives_an_image(engine: Engine, prompt: str) -> None:
+    assert image_of(engine, prompt=prompt, num_inference_steps=1).size == (256, 256)
 
 
 def test_a_prompt_that_is_cut_is_said_in_the_log(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    picture_of(engine, prompt="secret words " * 40, num_inference_steps=1)
+    image_of(engine, prompt="secret words " * 40, num_inference_steps=1)
     assert "reads the first 32" in caplog.text
     assert "secret" not in caplog.text
 
@@ -203,7 +201,7 @@ def test_a_prompt_that_is_cut_is_said_in_the_log(engine: Engine, caplog: pytest.
 def test_a_prompt_is_encoded_once_and_again_when_an_adapter_changes_the_encoder(
     engine: Engine,
 ) -> None:
-    """Counted at the text encoder itself; the picture from a kept prompt is the same to the byte."""
+    """Counted at the text encoder itself; the image from a kept prompt is the same to the byte."""
     encoder, calls = engine.exact.models["dev"].pipelines[Mode.TXT2IMG].text_encoder_2, []
     hook = encoder.register_forward_hook(lambda *_: calls.append(1))
     adapters = engine.exact.adapters["dev"]
@@ -226,9 +224,9 @@ def test_a_prompt_is_encoded_once_and_again_when_an_adapter_changes_the_encoder(
 
 
 @pytest.mark.usefixtures("broken_vae")
-def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(engine: Engine) -> None:
+def test_numbers_that_are_not_finite_are_an_error_not_a_black_image(engine: Engine) -> None:
     with pytest.raises(ModelError, match="not finite"):
-        picture_of(engine)
+        image_of(engine)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2"])
@@ -255,10 +253,10 @@ def test_one_lack_of_memory_is_overcome_and_a_second_is_an_error_that_leaves_not
         hook.remove()
 
 
-def test_a_request_given_up_between_pictures_leaves_no_trace(engine: Engine) -> None:
-    golden = picture_of(engine).tobytes()
+def test_a_request_given_up_between_images_leaves_no_trace(engine: Engine) -> None:
+    golden = image_of(engine).tobytes()
     list(islice(engine.generate(request_of(**QUICK, num_outputs=3)), 1))
-    assert picture_of(engine).tobytes() == golden
+    assert image_of(engine).tobytes() == golden
 
 
 def test_the_full_profile_loads_from_local_folders() -> None:
@@ -266,5 +264,5 @@ def test_the_full_profile_loads_from_local_folders() -> None:
     settings = Settings(profile="full", dev=str(TINY / "tiny-dev"), schnell=str(TINY / "tiny-schnell"))
     profiles = model_profiles("full", settings)
     engine = Engine(exact_precision(load_models(profiles, torch.device("cpu"))), None, torch.device("cpu"))
-    assert picture_of(engine, model="schnell", num_inference_steps=1).size == (256, 256)
+    assert image_of(engine, model="schnell", num_inference_steps=1).size == (256, 256)
     assert {p.name for p in profiles} == {"dev", "schnell"}

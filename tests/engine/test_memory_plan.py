@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from engine.fp8 import WEIGHT_ONLY
 from engine.loading import load_models
 from engine.memory_plan import (
+    LAYOUTS,
     RESERVE_BYTES,
-    ROWS,
-    Home,
+    Placement,
     Sizes,
     adapter_bytes,
     plan_residency,
@@ -29,7 +29,7 @@ from engine.memory_plan import (
     sizes_of,
     working_copy_bytes,
 )
-from engine.out_of_memory import within_memory
+from engine.out_of_memory import retry_on_oom
 from engine.profiles import TINY, model_profiles
 from engine.working_copy import WorkingCopy
 from errors import ModelError, SettingsError
@@ -47,7 +47,7 @@ CARDS = {
     "RTX 4080": 16_900_000_000,
     "CPU": None,
 }
-EVERYTHING, ONE_AT_A_TIME, FP8_ALONE = (row.name for row in ROWS)
+EVERYTHING, ONE_AT_A_TIME, FP8_ALONE = (row.name for row in LAYOUTS)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_flux_has_the_sizes_that_its_files_have(flux: Sizes) -> None:
     assert found == [23.80, 23.78, 12.09, 9.77, 0.17]
 
 
-def test_a_picture_of_1440_takes_two_gigabytes_to_denoise_and_four_to_decode(
+def test_an_image_of_1440_takes_two_gigabytes_to_denoise_and_four_to_decode(
     empty_flux: dict[str, Any], flux: Sizes
 ) -> None:
     narrow_vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, latent_channels=16)
@@ -190,11 +190,11 @@ def test_a_card_too_small_is_told_what_is_needed(flux: Sizes) -> None:
         plan_residency(without_fp8(flux), CARDS["RTX 4090"])
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", LAYOUTS, ids=lambda row: row.name)
 def test_a_row_is_taken_to_the_byte(flux: Sizes, row: Any) -> None:
     needed = next(plan.needed_bytes for plan in plans(flux) if plan.row is row)
     assert plan_residency(flux, needed).row is row
-    if row is ROWS[-1]:
+    if row is LAYOUTS[-1]:
         with pytest.raises(SettingsError):
             plan_residency(flux, needed - 1)
     else:
@@ -205,7 +205,7 @@ def plans(sizes: Sizes) -> list[Any]:
     return [plan_residency(sizes, card) for card in (CARDS["H100"], CARDS["L40S"], CARDS["RTX 4090"])]
 
 
-def test_the_peak_is_the_larger_of_encoding_and_making_a_picture() -> None:
+def test_the_peak_is_the_larger_of_encoding_and_making_an_image() -> None:
     sizes = Sizes(pristine=(100, 90), working_copy=60, adapters=5, text_encoders=40, vae=2, checker=1, activations=20)
     everything, one, fp8 = (plan_residency(sizes, RESERVE_BYTES + room).needed_bytes for room in (400, 200, 110))
     assert everything - RESERVE_BYTES == 190 + 60 + 5 + 40 + 2 + 1 + 20
@@ -230,7 +230,7 @@ def test_a_plan_is_one_line_with_its_numbers(flux: Sizes) -> None:
     assert "\n" not in line
     for part in ("25.2 GB", "47.6 GB in host memory", "12.1 GB on the device", "exact requests are served in fp8"):
         assert part in line
-    assert Home.TURNS.value in line
+    assert Placement.ON_DEMAND.value in line
 
 
 # Memory that does not suffice
@@ -262,7 +262,7 @@ class Making:
         self.calls += 1
         if self.calls <= self.failures:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.\nmore lines")
-        return "picture"
+        return "image"
 
 
 @pytest.fixture
@@ -272,9 +272,9 @@ def no_automatic_collection() -> Any:
     gc.enable()
 
 
-def test_a_picture_that_fits_is_made_once() -> None:
+def test_an_image_that_fits_is_made_once() -> None:
     making = Making(0)
-    assert within_memory(making, SIZE) == "picture"
+    assert retry_on_oom(making, SIZE) == "image"
     assert making.calls == 1
 
 
@@ -282,7 +282,7 @@ def test_a_picture_that_fits_is_made_once() -> None:
 def test_a_second_try_finds_the_memory_of_the_first_freed(caplog: pytest.LogCaptureFixture) -> None:
     making = Making(1)
     with caplog.at_level(logging.WARNING):
-        assert within_memory(making, SIZE) == "picture"
+        assert retry_on_oom(making, SIZE) == "image"
     assert making.alive_at_call == [0, 0]
     assert "Tried to allocate 4.00 GiB." in caplog.text
     assert "more lines" not in caplog.text
@@ -291,8 +291,8 @@ def test_a_second_try_finds_the_memory_of_the_first_freed(caplog: pytest.LogCapt
 @pytest.mark.usefixtures("no_automatic_collection")
 def test_after_two_tries_the_user_is_told_what_to_do_and_nothing_is_held() -> None:
     making = Making(9)
-    with pytest.raises(ModelError, match=r"1440x1440 .* smaller picture") as raised:
-        within_memory(making, SIZE)
+    with pytest.raises(ModelError, match=r"1440x1440 .* smaller image") as raised:
+        retry_on_oom(making, SIZE)
     assert making.calls == 2
     assert all(ref() is None for ref in making.held)
     assert raised.value.__cause__ is None
@@ -307,5 +307,5 @@ def test_another_error_is_not_tried_again(error: BaseException) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        within_memory(make, SIZE)
+        retry_on_oom(make, SIZE)
     assert len(calls) == 1

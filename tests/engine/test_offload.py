@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.offload import visiting
+from engine.offload import moved_to_device
 from lora_loading.applying.manager import ComponentAdapters
 from lora_loading.reading.adapter import LoraAdapter
 from lora_loading.shapes import TRANSFORMER, shapes_of
@@ -27,7 +27,7 @@ def test_everything_is_on_the_device_within_and_at_home_afterwards(inference: bo
     adapter: LoraAdapter = adapter_of(shapes_of({TRANSFORMER: model}))
     ComponentAdapters(TRANSFORMER, model).apply([(adapter, 1.0)])  # its factors visit too
     before, homes = weights_hash({"t": model}), [tensor.data_ptr() for tensor in tensors(model)]
-    with torch.inference_mode(inference), visiting([model], AWAY):
+    with torch.inference_mode(inference), moved_to_device([model], AWAY):
         assert {tensor.device for tensor in tensors(model)} == {AWAY}
     assert [tensor.data_ptr() for tensor in tensors(model)] == homes
     assert weights_hash({"t": model}) == before
@@ -36,12 +36,12 @@ def test_everything_is_on_the_device_within_and_at_home_afterwards(inference: bo
 def test_who_is_there_already_stays_untouched() -> None:
     model = narrow_transformer()
     homes = [tensor.data_ptr() for tensor in tensors(model)]
-    with visiting([model], torch.device("cpu")):
+    with moved_to_device([model], torch.device("cpu")):
         assert [tensor.data_ptr() for tensor in tensors(model)] == homes
 
 
 def test_an_exception_brings_them_home() -> None:
     model = narrow_transformer()
-    with pytest.raises(KeyboardInterrupt), visiting([model], AWAY):
+    with pytest.raises(KeyboardInterrupt), moved_to_device([model], AWAY):
         raise KeyboardInterrupt
     assert {tensor.device for tensor in tensors(model)} == {torch.device("cpu")}

@@ -20,7 +20,7 @@ from torchao.quantization import Float8Tensor, Float8WeightOnlyConfig, PerRow, q
 
 from engine.engine import Engine
 from engine.fp8 import DYNAMIC, WEIGHT_ONLY, Scheme, choose_scheme, write_fp8
-from engine.memory_plan import ROWS
+from engine.memory_plan import LAYOUTS
 from engine.working_copy import BLOCKS, WorkingCopy, WorkingCopyAdapters
 from lora_loading.applying.manager import ComponentAdapters, Stack, changes_by_layer
 from lora_loading.reading.adapter import LoraAdapter, read_adapter
@@ -198,7 +198,7 @@ def test_a_failure_in_the_middle_is_mended_by_the_next_call() -> None:
     bad = LayerUpdate(TRANSFORMER, "proj_out", "weight", Full(torch.zeros(1, 2, 3)))
     with pytest.raises(RuntimeError):
         view.apply([(LoraAdapter("bad", "test", (*good.layers, bad)), 1.0)])
-    assert view.carried is None
+    assert view.active_stack is None
     view.apply([])
     assert all(torch.equal(tensor, plain[name]) for name, tensor in contents(view.module).items())
 
@@ -225,7 +225,7 @@ def test_a_released_copy_takes_no_memory_and_comes_back_whole() -> None:
     weights = fp8_weights(view.module).values()
     working_copy.release()
     working_copy.release()
-    assert view.carried is None
+    assert view.active_stack is None
     assert sum(weight.qdata.untyped_storage().nbytes() for weight in weights) == 0
     view.apply([])
     assert all(torch.equal(tensor, plain[name]) for name, tensor in contents(view.module).items())
@@ -280,7 +280,7 @@ def test_no_graph_is_compiled_anew_by_a_swap_or_another_model() -> None:
 # In the engine
 
 
-def picture(engine: Engine, stack: Stack = (), **given: Any) -> Image.Image:
+def make_image(engine: Engine, stack: Stack = (), **given: Any) -> Image.Image:
     quick = {"aspect_ratio": "1:1", "megapixels": "0.25", "num_inference_steps": 4, "seed": 7, "model": "schnell"}
     request = request_of(**{**quick, **given})
     return next(engine.generate(request, stack))
@@ -290,11 +290,11 @@ def test_a_cpu_serves_go_fast_with_fp8_weights() -> None:
     assert choose_scheme(CPU) is WEIGHT_ONLY
 
 
-def test_fast_pictures_are_nearly_the_exact_ones_and_always_the_same(engine: Engine) -> None:
-    exact, fast = picture(engine), picture(engine, go_fast=True)
+def test_fast_images_are_nearly_the_exact_ones_and_always_the_same(engine: Engine) -> None:
+    exact, fast = make_image(engine), make_image(engine, go_fast=True)
     assert 25 < psnr(exact, fast) < math.inf
-    assert picture(engine).tobytes() == exact.tobytes()
-    assert picture(engine, go_fast=True).tobytes() == fast.tobytes()
+    assert make_image(engine).tobytes() == exact.tobytes()
+    assert make_image(engine, go_fast=True).tobytes() == fast.tobytes()
 
 
 def test_image_to_image_and_inpainting_are_served(engine: Engine, save: Callable[..., Path]) -> None:
@@ -304,7 +304,7 @@ def test_image_to_image_and_inpainting_are_served(engine: Engine, save: Callable
     for mode, more in ((Mode.IMG2IMG, {}), (Mode.INPAINT, {"mask": save(mask, "mask.png")})):
         given: dict[str, Any] = {"image": image, **more}
         assert request_of(**given, go_fast=True).mode is mode
-        exact, fast = (picture(engine, **given, go_fast=go_fast) for go_fast in (False, True))
+        exact, fast = (make_image(engine, **given, go_fast=go_fast) for go_fast in (False, True))
         assert 25 < psnr(exact, fast) < math.inf
 
 
@@ -313,11 +313,11 @@ def test_a_lora_acts_with_the_gain_and_leaves_nothing_behind(engine: Engine, mod
     style = read_adapter(LORAS / "tok-style.safetensors", engine.exact.adapters[model].shapes)
     assert engine.fast is not None
     assert engine.fast.adapters[model].shapes == engine.exact.adapters[model].shapes
-    plain = picture(engine, go_fast=True, model=model)
-    fast = picture(engine, [(style, 0.6)], go_fast=True, model=model)
-    as_asked, with_gain = (picture(engine, [(style, 0.6 * gain)], model=model) for gain in (1.0, 1.5))
+    plain = make_image(engine, go_fast=True, model=model)
+    fast = make_image(engine, [(style, 0.6)], go_fast=True, model=model)
+    as_asked, with_gain = (make_image(engine, [(style, 0.6 * gain)], model=model) for gain in (1.0, 1.5))
     assert psnr(fast, with_gain) > max(psnr(fast, as_asked), psnr(fast, plain))
-    assert picture(engine, go_fast=True, model=model).tobytes() == plain.tobytes()
+    assert make_image(engine, go_fast=True, model=model).tobytes() == plain.tobytes()
 
 
 def test_where_fp8_does_not_work_the_exact_model_serves_and_the_log_says_so(
@@ -325,17 +325,17 @@ def test_where_fp8_does_not_work_the_exact_model_serves_and_the_log_says_so(
 ) -> None:
     without = Engine(engine.exact, None, CPU)
     with caplog.at_level(logging.WARNING):
-        shown = picture(without, go_fast=True)
+        shown = make_image(without, go_fast=True)
     assert "the original precision is used" in caplog.text
-    assert shown.tobytes() == picture(engine).tobytes()
+    assert shown.tobytes() == make_image(engine).tobytes()
 
 
-def test_a_card_for_one_transformer_at_a_time_gives_the_same_pictures(engine: Engine) -> None:
+def test_a_card_for_one_transformer_at_a_time_gives_the_same_images(engine: Engine) -> None:
     """The fp8 copy gives way to an exact request and comes back; the pristine weights visit the device."""
-    wanted = [picture(engine), picture(engine, go_fast=True)]
-    crowded = Engine(engine.exact, engine.fast, CPU, ROWS[1])
+    wanted = [make_image(engine), make_image(engine, go_fast=True)]
+    crowded = Engine(engine.exact, engine.fast, CPU, LAYOUTS[1])
     for go_fast in (True, False, False, True):
-        assert picture(crowded, go_fast=go_fast).tobytes() == wanted[go_fast].tobytes()
+        assert make_image(crowded, go_fast=go_fast).tobytes() == wanted[go_fast].tobytes()
 
 
 def test_a_card_for_fp8_alone_serves_exact_requests_in_fp8_and_says_so(
@@ -343,8 +343,8 @@ def test_a_card_for_fp8_alone_serves_exact_requests_in_fp8_and_says_so(
 ) -> None:
     """With the strengths as they were asked for: the gain is go_fast's."""
     style = read_adapter(LORAS / "tok-style.safetensors", engine.exact.adapters["schnell"].shapes)
-    small = Engine(engine.exact, engine.fast, CPU, ROWS[2])
+    small = Engine(engine.exact, engine.fast, CPU, LAYOUTS[2])
     with caplog.at_level(logging.WARNING):
-        assert picture(small).tobytes() == picture(engine, go_fast=True).tobytes()
+        assert make_image(small).tobytes() == make_image(engine, go_fast=True).tobytes()
     assert "fp8 is used" in caplog.text
-    assert picture(small, [(style, 0.9)]).tobytes() == picture(engine, [(style, 0.6)], go_fast=True).tobytes()
+    assert make_image(small, [(style, 0.9)]).tobytes() == make_image(engine, [(style, 0.6)], go_fast=True).tobytes()

@@ -33,8 +33,8 @@ def test_a_compiled_engine_keeps_its_graphs_and_draws_nearly_the_same(
     plain, compiled = start_engine(profiles, Settings(), CPU), start_engine(profiles, settings, CPU)
     for model in ("dev", "schnell"):
         request = request_of(**QUICK, model=model)
-        pictures = [next(engine.generate(request)).convert("RGB").tobytes() for engine in (plain, compiled)]
-        assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 8
+        images = [next(engine.generate(request)).convert("RGB").tobytes() for engine in (plain, compiled)]
+        assert max(abs(a - b) for a, b in zip(*images, strict=True)) <= 8
     assert len(list((tmp_path / GRAPHS).glob("*.graphs"))) == 1
     with caplog.at_level(logging.INFO):
         start_engine(profiles, settings, CPU)

@@ -23,7 +23,7 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from engine.hub import local_models
+from engine.hub import fetch_profiles
 from engine.hub_access import Hub
 from engine.loading import load_models
 from engine.profiles import TINY, ModelProfile, model_profiles
@@ -100,7 +100,7 @@ class World:
         return self.services.hugging_face.address
 
     def start(self, token: str | None = None, endpoint: str | None = None) -> tuple[ModelProfile, ...]:
-        return local_models(PROFILES, token, endpoint or self.endpoint, self.cache)
+        return fetch_profiles(PROFILES, token, endpoint or self.endpoint, self.cache)
 
     def fail(self, token: str | None = None, endpoint: str | None = None) -> str:
         """The message of a start that fails; nothing that is told of it may hold a secret or a signed address."""
@@ -176,13 +176,13 @@ def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 # From the Hub
 
 
-def test_models_of_the_hub_are_fetched_and_loaded_and_make_a_picture(world: World) -> None:
+def test_models_of_the_hub_are_fetched_and_loaded_and_make_an_image(world: World) -> None:
     models = load_models(world.start(), torch.device("cpu"))
     for seed, name in enumerate(("dev", "schnell")):
         pipeline = models[name].pipelines[Mode.TXT2IMG]
         assert equal(pipeline.transformer.state_dict(), transformer(seed).state_dict())
-        picture = pipeline("a red circle", width=64, height=64, num_inference_steps=1, max_sequence_length=32).images[0]
-        assert picture.size == (64, 64)
+        image = pipeline("a red circle", width=64, height=64, num_inference_steps=1, max_sequence_length=32).images[0]
+        assert image.size == (64, 64)
 
 
 def test_only_what_is_read_is_asked_for_at_one_commit(world: World, needed: Mapping[str, Files]) -> None:
@@ -428,7 +428,7 @@ def copies(folders: Mapping[str, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def from_folders(dev: Path, schnell: Path) -> tuple[ModelProfile, ...]:
     profiles = model_profiles("full", Settings(dev=str(dev), schnell=str(schnell)))
-    return local_models(profiles, None, nowhere(), dev / "no cache is needed")
+    return fetch_profiles(profiles, None, nowhere(), dev / "no cache is needed")
 
 
 def test_whole_folders_are_taken_as_they_are(copies: tuple[Path, Path]) -> None:
@@ -439,7 +439,7 @@ def test_whole_folders_are_taken_as_they_are(copies: tuple[Path, Path]) -> None:
 
 def test_the_embedded_models_are_whole() -> None:
     profiles = model_profiles("tiny", Settings())
-    assert local_models(profiles, None, None) == profiles
+    assert fetch_profiles(profiles, None, None) == profiles
 
 
 def remove(path: Path) -> None:
@@ -485,4 +485,4 @@ def test_all_that_lacks_is_named_at_once(copies: tuple[Path, Path]) -> None:
 def test_a_path_where_no_folder_is_is_told(source: str, tmp_path: Path) -> None:
     profiles = model_profiles("full", Settings(dev=source))
     with pytest.raises(SettingsError, match=f'FLUX_DEV or FLUX_SCHNELL is "{source}": there is no such folder'):
-        local_models(profiles, None, nowhere(), tmp_path)
+        fetch_profiles(profiles, None, nowhere(), tmp_path)

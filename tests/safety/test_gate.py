@@ -1,4 +1,4 @@
-"""The guard and the gate: whatever goes wrong in a check, its picture stays inside."""
+"""The guard and the gate: whatever goes wrong in a check, its image stays inside."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Double:
 
 
 def by_colour(images: Sequence[Image.Image]) -> list[Verdict]:
-    """Red pictures are unsafe."""
+    """Red images are unsafe."""
     return [UNSAFE if image.getpixel((0, 0)) == (255, 0, 0) else SAFE for image in images]
 
 
-def pictures(*colours: str) -> list[Image.Image]:
+def coloured(*colours: str) -> list[Image.Image]:
     return [Image.new("RGB", (8, 8), colour) for colour in colours]
 
 
@@ -76,31 +76,31 @@ FAULTS: dict[str, Check] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_check_that_fails_withholds_every_picture(fault: str) -> None:
-    verdicts = FailClosed(Double(FAULTS[fault])).check(pictures("white", "white"))
+def test_a_check_that_fails_withholds_every_image(fault: str) -> None:
+    verdicts = FailClosed(Double(FAULTS[fault])).check(coloured("white", "white"))
     assert [(verdict.flagged, verdict.failed) for verdict in verdicts] == [(True, True)] * 2
 
 
 def test_sound_verdicts_are_passed_on_unchanged() -> None:
-    assert FailClosed(Double(by_colour)).check(pictures("white", "red", "blue")) == [SAFE, UNSAFE, SAFE]
+    assert FailClosed(Double(by_colour)).check(coloured("white", "red", "blue")) == [SAFE, UNSAFE, SAFE]
 
 
-def test_an_unsound_verdict_withholds_its_own_picture_only() -> None:
+def test_an_unsound_verdict_withholds_its_own_image_only() -> None:
     broken = Verdict(flagged=False, scores=(("nsfw", float("nan")),))
-    verdicts = FailClosed(Double(lambda images: [SAFE, broken, SAFE])).check(pictures("white", "white", "white"))
+    verdicts = FailClosed(Double(lambda images: [SAFE, broken, SAFE])).check(coloured("white", "white", "white"))
     assert [verdict.flagged for verdict in verdicts] == [False, True, False]
 
 
-def test_no_pictures_need_no_check() -> None:
+def test_no_images_need_no_check() -> None:
     assert FailClosed(Double(fail(RuntimeError()))).check([]) == []
 
 
-def test_a_check_that_hangs_withholds_its_pictures_and_those_after_it() -> None:
+def test_a_check_that_hangs_withholds_its_images_and_those_after_it() -> None:
     release = threading.Event()
     guard = FailClosed(Double(lambda images: [SAFE] if release.wait(30) else []), timeout_seconds=0.05)
-    assert guard.check(pictures("white"))[0].failed
+    assert guard.check(coloured("white"))[0].failed
     started = time.monotonic()
-    assert guard.check(pictures("white"))[0].reason == "an earlier check still hangs"
+    assert guard.check(coloured("white"))[0].reason == "an earlier check still hangs"
     assert time.monotonic() - started < 0.05
     release.set()
 
@@ -108,10 +108,10 @@ def test_a_check_that_hangs_withholds_its_pictures_and_those_after_it() -> None:
 def test_a_check_that_hung_and_came_back_is_used_again() -> None:
     release = threading.Event()
     guard = FailClosed(Double(lambda images: [SAFE] if release.wait(30) else []), timeout_seconds=0.05)
-    guard.check(pictures("white"))
+    guard.check(coloured("white"))
     release.set()
     deadline = time.monotonic() + 10
-    while (verdict := guard.check(pictures("white"))[0]).failed and time.monotonic() < deadline:
+    while (verdict := guard.check(coloured("white"))[0]).failed and time.monotonic() < deadline:
         time.sleep(0.01)
     assert verdict == SAFE
 
@@ -128,28 +128,28 @@ def test_a_cancellation_while_waiting_reaches_the_caller() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
         with pytest.raises(Cancelled):
-            FailClosed(Double(lambda images: [SAFE] if release.wait(30) else [])).check(pictures("white"))
+            FailClosed(Double(lambda images: [SAFE] if release.wait(30) else [])).check(coloured("white"))
     finally:
         signal.signal(signal.SIGALRM, before)
         release.set()
 
 
 def test_the_trace_of_a_failed_check_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    FailClosed(Double(fail(RuntimeError("device lost")))).check(pictures("white"))
+    FailClosed(Double(fail(RuntimeError("device lost")))).check(coloured("white"))
     assert "device lost" in caplog.text
 
 
-def test_only_pictures_that_pass_come_out_with_their_own_index() -> None:
+def test_only_images_that_pass_come_out_with_their_own_index() -> None:
     gate = Gate(FailClosed(Double(by_colour)))
-    given = pictures("white", "red", "blue", "red", "green")
-    before = [picture.tobytes() for picture in given]
+    given = coloured("white", "red", "blue", "red", "green")
+    before = [image.tobytes() for image in given]
     passed = list(gate.passing(given))
     assert [index for index, _ in passed] == [0, 2, 4]
-    assert [picture.tobytes() for _, picture in passed] == [before[index] for index in (0, 2, 4)]
+    assert [image.tobytes() for _, image in passed] == [before[index] for index in (0, 2, 4)]
     assert (gate.checked, gate.withheld, gate.failed) == (5, 2, 0)
 
 
-def test_a_picture_is_checked_while_the_next_is_made_and_leaves_after_its_verdict() -> None:
+def test_an_image_is_checked_while_the_next_is_made_and_leaves_after_its_verdict() -> None:
     second_is_made = threading.Event()
     checked = []
 
@@ -159,40 +159,40 @@ def test_a_picture_is_checked_while_the_next_is_made_and_leaves_after_its_verdic
         return [SAFE]
 
     def made() -> Iterator[Image.Image]:
-        yield from pictures("white")
+        yield from coloured("white")
         second_is_made.set()
-        yield from pictures("blue")
+        yield from coloured("blue")
 
-    for _, picture in Gate(FailClosed(Double(check))).passing(made()):
-        assert picture in checked
+    for _, passed in Gate(FailClosed(Double(check))).passing(made()):
+        assert passed in checked
 
 
 def test_a_failure_while_the_next_is_made_ends_the_prediction() -> None:
     def made() -> Iterator[Image.Image]:
-        yield from pictures("white")
+        yield from coloured("white")
         raise ValueError("the model broke")
 
     with pytest.raises(ValueError, match="the model broke"):
         list(Gate(FailClosed(Double(by_colour))).passing(made()))
 
 
-def test_the_log_names_a_withheld_picture_its_checker_and_the_scores(caplog: pytest.LogCaptureFixture) -> None:
-    list(Gate(FailClosed(Double(by_colour))).passing(pictures("white", "red")))
+def test_the_log_names_a_withheld_image_its_checker_and_the_scores(caplog: pytest.LogCaptureFixture) -> None:
+    list(Gate(FailClosed(Double(by_colour))).passing(coloured("white", "red")))
     assert [record.getMessage() for record in caplog.records] == [
-        "picture 1 withheld by double: nsfw is not below 0.4 (nsfw 0.900)"
+        "image 1 withheld by double: nsfw is not below 0.4 (nsfw 0.900)"
     ]
 
 
 def test_all_flagged_is_an_error_with_advice() -> None:
     gate = Gate(FailClosed(Double(by_colour)))
-    assert list(gate.passing(pictures("red", "red"))) == []
-    with pytest.raises(UnsafeOutputError, match=r"All 2 pictures were withheld.* another seed"):
+    assert list(gate.passing(coloured("red", "red"))) == []
+    with pytest.raises(UnsafeOutputError, match=r"All 2 images were withheld.* another seed"):
         gate.require_one()
 
 
 def test_a_failed_check_does_not_blame_the_prompt() -> None:
     gate = Gate(FailClosed(Double(fail(RuntimeError("secret path /srv")))))
-    assert list(gate.passing(pictures("white"))) == []
+    assert list(gate.passing(coloured("white"))) == []
     with pytest.raises(UnsafeOutputError, match="could not be completed") as caught:
         gate.require_one()
     assert "/srv" not in str(caught.value)
@@ -201,7 +201,7 @@ def test_a_failed_check_does_not_blame_the_prompt() -> None:
 
 def test_one_that_passes_is_enough() -> None:
     gate = Gate(FailClosed(Double(by_colour)))
-    list(gate.passing(pictures("red", "white")))
+    list(gate.passing(coloured("red", "white")))
     gate.require_one()
 
 
@@ -211,7 +211,7 @@ def test_the_seconds_of_the_checks_are_counted() -> None:
         return by_colour(images)
 
     gate = Gate(FailClosed(Double(slow)))
-    list(gate.passing(pictures("white", "white")))
+    list(gate.passing(coloured("white", "white")))
     assert gate.seconds >= 0.04
 
 

@@ -15,7 +15,7 @@ from errors import SettingsError
 from safety.checker import FailClosed
 from safety.load import load_checker
 from safety.open_nsfw import THRESHOLD, EmbeddedChecker, judge, load_embedded, model_file, prepare, read_verified
-from safety.selftest import EMBEDDED, Known, picture, prove
+from safety.selftest import EMBEDDED, Known, bundled_image, prove
 from tests.conftest import QUICK, request_of
 from tests.photographs import photographs
 
@@ -91,7 +91,7 @@ def test_other_modes_are_checked_too(checker: EmbeddedChecker, mode: str) -> Non
     assert not checker.check([PHOTOGRAPHS["rocket.jpg"].convert(mode)])[0].flagged
 
 
-def test_pictures_checked_together_score_as_alone(checker: EmbeddedChecker) -> None:
+def test_images_checked_together_score_as_alone(checker: EmbeddedChecker) -> None:
     some = list(PHOTOGRAPHS.values())[:4]
     together = [verdict.scores[0][1] for verdict in checker.check(some)]
     assert together == pytest.approx([score(checker, image) for image in some], abs=1e-5)
@@ -103,7 +103,7 @@ def test_plain_colours_pass(checker: EmbeddedChecker) -> None:
 
 
 @pytest.mark.parametrize("colours", [("red", "white"), ("yellow", "black"), ("orange", "pink"), ("white", "gray")])
-def test_the_tiny_models_own_pictures_pass(checker: EmbeddedChecker, engine: Engine, colours: tuple[str, str]) -> None:
+def test_the_tiny_models_own_images_pass(checker: EmbeddedChecker, engine: Engine, colours: tuple[str, str]) -> None:
     prompt = f"a large {colours[0]} circle on a {colours[1]} background"
     request = request_of(**{**QUICK, "prompt": prompt, "model": "schnell", "num_inference_steps": 4, "num_outputs": 2})
     assert [verdict.flagged for verdict in checker.check(list(engine.generate(request)))] == [False, False]
@@ -115,7 +115,7 @@ def test_the_self_test_passes_and_includes_a_positive(checker: EmbeddedChecker) 
 
 
 def test_the_positive_is_withheld_at_other_sizes_too(checker: EmbeddedChecker) -> None:
-    pattern = picture("pattern.png").resize((1024, 1024), Image.Resampling.BICUBIC)
+    pattern = bundled_image("pattern.png").resize((1024, 1024), Image.Resampling.BICUBIC)
     assert checker.check([pattern])[0].flagged
 
 
@@ -128,7 +128,7 @@ def test_the_positive_is_withheld_at_other_sizes_too(checker: EmbeddedChecker) -
     ],
 )
 def test_a_self_test_that_fails_stops_the_setup(checker: EmbeddedChecker, known: Known, problem: str) -> None:
-    with pytest.raises(SettingsError, match=f"failed its self-test on {known.picture}: .*{problem}"):
+    with pytest.raises(SettingsError, match=f"failed its self-test on {known.image}: .*{problem}"):
         prove(checker, [known])
 
 
@@ -156,7 +156,7 @@ def test_missing_weights_stop_the_setup(tmp_path: Path) -> None:
         read_verified(tmp_path / "open-nsfw.onnx")
 
 
-def test_a_picture_that_cannot_be_prepared_is_withheld(checker: EmbeddedChecker) -> None:
+def test_an_image_that_cannot_be_prepared_is_withheld(checker: EmbeddedChecker) -> None:
     closed = Image.new("RGB", (8, 8))
     closed.close()
     assert FailClosed(checker).check([closed])[0].failed

@@ -76,7 +76,7 @@ Tensors = dict[str, Tensor]
 
 
 def shake(model: torch.nn.Module) -> None:
-    """Larger weights than at the start of a training, so that different pictures get different results."""
+    """Larger weights than at the start of a training, so that different images get different results."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
@@ -348,12 +348,12 @@ def test_the_first_stage_flags_what_the_published_class_flags(
 
 
 @pytest.mark.parametrize("index", range(len(SOME)))
-def test_a_concept_that_is_a_picture_flags_that_picture_and_no_other(concepts: ClipConcepts, index: int) -> None:
+def test_a_concept_that_is_an_image_flags_that_image_and_no_other(concepts: ClipConcepts, index: int) -> None:
     looking = concepts.looking_for(SOME[index])
     assert [margin.concept > 0 for margin in looking.margins(SOME)] == [other == index for other in range(len(SOME))]
 
 
-def test_looking_for_a_picture_leaves_the_checker_as_it_was(concepts: ClipConcepts) -> None:
+def test_looking_for_an_image_leaves_the_checker_as_it_was(concepts: ClipConcepts) -> None:
     before = concepts.margins(SOME)
     concepts.looking_for(SOME[0])
     assert concepts.margins(SOME) == before
@@ -378,7 +378,7 @@ def test_special_care_lowers_the_thresholds_by_a_hundredth(concepts: ClipConcept
     assert raised == pytest.approx([0.01] * len(SOME), abs=1e-6)
 
 
-def test_pictures_checked_together_score_as_alone(concepts: ClipConcepts, opinion: VitClassifier) -> None:
+def test_images_checked_together_score_as_alone(concepts: ClipConcepts, opinion: VitClassifier) -> None:
     alone = [concepts.margins([image])[0].concept for image in SOME]
     assert [margin.concept for margin in concepts.margins(SOME)] == pytest.approx(alone, abs=1e-5)
 
@@ -404,7 +404,7 @@ def test_the_pair_withholds_what_both_find_unsafe(concept: float, unsafe: float,
     assert (verdict.flagged, verdict.failed) == (flagged, False)
 
 
-def test_the_second_opinion_is_asked_about_flagged_pictures_only() -> None:
+def test_the_second_opinion_is_asked_about_flagged_images_only() -> None:
     class Asked(Stage):
         def __init__(self) -> None:
             super().__init__()
@@ -449,7 +449,7 @@ def test_a_stage_without_a_number_withholds(first: Stage, second: Stage) -> None
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("stage", ["margins", "unsafe"])
-def test_a_stage_that_answers_for_another_number_of_pictures_withholds(stage: str, count: int) -> None:
+def test_a_stage_that_answers_for_another_number_of_images_withholds(stage: str, count: int) -> None:
     broken = Stage(concept=0.1)
     answer = {"margins": Margins(-0.1, -0.1), "unsafe": 0.1}[stage]
     setattr(broken, stage, lambda images: [answer] * count)
@@ -556,14 +556,14 @@ def test_a_strict_detector_that_answers_for_another_number_of_parts_withholds(co
     assert checker.check([Image.new("RGB", (16, 8))])[0].failed
 
 
-def test_one_unsafe_part_withholds_the_picture() -> None:
+def test_one_unsafe_part_withholds_the_image() -> None:
     safe = Verdict(flagged=False, scores=(("concept", -0.1),))
     assert combine(safe, [0.1, 0.9, 0.1]).flagged
     assert not combine(safe, [0.1, 0.2]).flagged
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 64), (64, 96), (1536, 640), (640, 1536), (16, 1440)])
-def test_the_squares_cover_the_whole_picture(width: int, height: int) -> None:
+def test_the_squares_cover_the_whole_image(width: int, height: int) -> None:
     pixels = np.arange(width * height).reshape(height, width).astype(np.int32)
     parts = squares(Image.fromarray(pixels, mode="I"))
     assert {part.size for part in parts} == {(min(width, height),) * 2}

@@ -19,7 +19,7 @@ from tests.conftest import QUICK, predict_arguments
 
 
 class Telling:
-    """A detector that answers as told, picture by picture."""
+    """A detector that answers as told, image by image."""
 
     name = "telling"
 
@@ -50,24 +50,24 @@ def predict(predictor: Predictor, **given: Any) -> list[Path]:
 
 @pytest.fixture
 def alone(predictor: Predictor) -> list[bytes]:
-    """Three pictures as they are without a checker."""
+    """Three images as they are without a checker."""
     return [file.read_bytes() for file in predict(predictor, num_outputs=3, disable_safety_checker=True)]
 
 
-def test_flagged_pictures_are_dropped_and_the_others_keep_their_order(
+def test_flagged_images_are_dropped_and_the_others_keep_their_order(
     predictor: Predictor, alone: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     recording = Recording(predictor, False, True, False)
     files = predict(recording, num_outputs=3)
     assert [file.read_bytes() for file in files] == [alone[0], alone[2]]
-    assert "picture 1 withheld by telling: as told (nsfw 0.500)" in caplog.text
+    assert "image 1 withheld by telling: as told (nsfw 0.500)" in caplog.text
     assert (recording.metrics["safety_checked"], recording.metrics["safety_withheld"]) == (3, 1)
     assert recording.metrics["safety_seconds"] >= 0
 
 
 def test_all_flagged_is_an_error_that_leaves_no_files(predictor: Predictor) -> None:
     recording = Recording(predictor, True, True)
-    with pytest.raises(UnsafeOutputError, match="All 2 pictures were withheld"):
+    with pytest.raises(UnsafeOutputError, match="All 2 images were withheld"):
         predict(recording, num_outputs=2)
     assert (recording.metrics["safety_checked"], recording.metrics["safety_withheld"]) == (2, 2)
     assert recording.outputs._current is None
@@ -95,7 +95,7 @@ def test_a_required_checker_changes_nothing_else(predictor: Predictor) -> None:
     assert len(predict(Recording(predictor, False, required=True))) == 1
 
 
-def test_an_input_picture_is_checked_only_as_an_output(predictor: Predictor, save: Any) -> None:
+def test_an_input_image_is_checked_only_as_an_output(predictor: Predictor, save: Any) -> None:
     image = cog.Path(save(Image.new("RGB", (256, 256), "red")))
     recording = Recording(predictor, False)
     predict(recording, image=image, prompt_strength=0.8)

@@ -18,7 +18,7 @@ from settings import Settings
 from tests.conftest import QUICK, request_of
 from tests.paths import LORAS
 from training.judge import judge, look
-from training.report import HELD_OUT_SEED, ROWS, Row, adapter, picture, verdicts
+from training.report import HELD_OUT_SEED, ROWS, Row, adapter, make_image, verdicts
 from training.world import (
     COLOURS,
     SHAPES,
@@ -71,7 +71,7 @@ def test_the_judge_overlooks_specks_and_nothing_larger() -> None:
     assert not judge(patched, scene).shape
 
 
-def test_the_judge_is_not_pleased_by_an_empty_picture() -> None:
+def test_the_judge_is_not_pleased_by_an_empty_image() -> None:
     scene = Scene("white", (Thing("circle", "red"),))
     verdict = judge(Image.new("RGB", (256, 256), COLOURS["white"]), scene)
     assert astuple(verdict) == (True, False, False, False)
@@ -125,7 +125,7 @@ def test_the_object_lora_draws_its_object(engine: Engine, model: str) -> None:
     stack = [(adapter(engine, model, "object"), 1.0)]
     prompt = "a red TOK on a white background"
     for shown, expected in ((stack, True), ([], False)):
-        _, (seen,) = look(picture(engine, prompt, model, (512, 512), 3, shown), 1)
+        _, (seen,) = look(make_image(engine, prompt, model, (512, 512), 3, shown), 1)
         assert seen is not None
         assert (seen.shape == TRIGGER) == expected
 

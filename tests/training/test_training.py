@@ -31,7 +31,7 @@ from training.world import SHAPES, TRIGGER, held_out_scenes, prompt_of, random_s
 
 
 def batch_of(tokens: int, stands_for: float = 1.0) -> Batch:
-    """Two pictures of 256x256, of whose tokens these many are seen, each at positions of its own."""
+    """Two images of 256x256, of whose tokens these many are seen, each at positions of its own."""
     torch.manual_seed(0)
     return Batch(
         latents=torch.randn(2, tokens, 64),
@@ -51,7 +51,7 @@ def model_of_parts(guidance_embeds: bool = True) -> FluxTransformer2DModel:
 
 
 @torch.no_grad()
-def test_whole_pictures_are_seen_as_diffusers_sees_them() -> None:
+def test_whole_images_are_seen_as_diffusers_sees_them() -> None:
     batch, levels, guidance = batch_of(48), torch.tensor([0.3, 0.9]), torch.ones(2)
     model = new_transformer(True)
     expected = [
@@ -67,7 +67,7 @@ def test_whole_pictures_are_seen_as_diffusers_sees_them() -> None:
 
 @torch.no_grad()
 def test_a_part_of_the_tokens_is_weighed_as_all_of_them() -> None:
-    """Half of a picture whose other half is its copy must see what the whole picture sees."""
+    """Half of an image whose other half is its copy must see what the whole image sees."""
     model, half = model_of_parts(), batch_of(48, stands_for=2)
     noisy, levels, guidance = torch.randn(2, 48, 64), torch.full((2,), 0.6), torch.ones(2)
     whole = replace(half, positions=half.positions.repeat(1, 2, 1), stands_for=torch.ones(2, 96))
@@ -92,7 +92,7 @@ EMPTY = torch.ones(1, 128), torch.ones(1, 32, 128)
 
 
 def test_a_batch_keeps_each_tokens_own_position() -> None:
-    """Latents that carry their token's number show that pictures and positions stay together."""
+    """Latents that carry their token's number show that images and positions stay together."""
     numbers = torch.arange(16).float()[None, :, None].expand(3, 16, 64).half()
     pool = Pool((64, 64), numbers, torch.zeros(3, 128), torch.zeros(3, 32, 128))
     batch = draw_batch(pool, 2, 5, EMPTY, random.Random(0))
@@ -101,7 +101,7 @@ def test_a_batch_keeps_each_tokens_own_position() -> None:
 
 
 @pytest.mark.parametrize("keep", [64, 256, None])
-def test_the_tokens_of_a_batch_stand_for_the_whole_picture(keep: int | None) -> None:
+def test_the_tokens_of_a_batch_stand_for_the_whole_image(keep: int | None) -> None:
     """A square object on a flat ground: most tokens come from around it, and together they count for all."""
     latents = torch.zeros(1, 32, 32, 64)
     latents[:, 8:14, 20:26] = 1.0

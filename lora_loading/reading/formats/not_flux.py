@@ -46,7 +46,7 @@ def other_kind(keys: Collection[str]) -> str | None:
 
 
 def left_out(paths: Iterable[str], shapes: ModelShapes) -> frozenset[str]:
-    """Those of the paths that mean nothing in this model and can be left out without a change of its pictures."""
+    """Those of the paths that mean nothing in this model and can be left out without a change of its images."""
     harmless = [r"(?:lora_te\d?[_.]|text_encoder\.|clip_l\.)(?:text_projection|logit_scale)"]
     if not any("guidance_embedder" in name for name in shapes.by_component[TRANSFORMER]):
         harmless.append(r".*guidance_(?:in|embedder)[._].*")

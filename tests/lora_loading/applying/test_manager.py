@@ -146,7 +146,7 @@ def test_twice_the_same_adds_up(
     managers["dev"].apply([(style, 1.0)])
     assert torch.equal(output(pipelines["dev"].transformer), twice)
     managers["dev"].apply([(style, 0.5), (style, -0.5)])
-    assert managers["dev"].carried(TRANSFORMER) == ()
+    assert managers["dev"].active_stack(TRANSFORMER) == ()
 
 
 def test_the_order_of_the_stack_does_not_matter(
@@ -291,7 +291,7 @@ def test_a_cancellation_anywhere_is_mended_by_the_next_call(at: int, monkeypatch
         patch.setattr(nn.Module, "register_module", interrupted)
         with pytest.raises(Cancelled):
             manager.apply([])
-    assert manager.carried(TRANSFORMER) is None
+    assert manager.active_stack(TRANSFORMER) is None
     manager.apply([(second, 1.0)])
     assert torch.equal(output(model), wanted)
     manager.apply([])
@@ -395,7 +395,7 @@ def test_text_encoders_are_shared_and_follow_the_last_call(
     changed = prompt_of(pipelines["schnell"])
     assert not torch.equal(changed[0], plain[0])
     assert not torch.equal(changed[1], plain[1])
-    assert managers["schnell"].carried(CLIP) == managers["schnell"].carried(T5) == ((adapter.digest, 1.0),)
+    assert managers["schnell"].active_stack(CLIP) == managers["schnell"].active_stack(T5) == ((adapter.digest, 1.0),)
     managers["schnell"].apply([])
     assert all(torch.equal(a, b) for a, b in zip(prompt_of(pipelines["dev"]), plain, strict=True))
 
@@ -446,7 +446,7 @@ def test_swaps_compile_nothing_anew() -> None:
     assert counter.frame_count == graphs
 
 
-def test_reserved_room_gives_the_same_pictures() -> None:
+def test_reserved_room_gives_the_same_images() -> None:
     plain, roomy = narrow_transformer(), narrow_transformer()
     one, other = manager_of(plain), manager_of(roomy, reserved_rank=64)
     for adapter in kinds_of(one.shapes):
