@@ -43,5 +43,5 @@ def test_the_image_has_what_the_predictor_imports_and_not_the_tests() -> None:
 
     for needed in ("predict.py", "request.py", "images.py", "engine/engine.py", "engine/tiny/tiny-dev/vae/config.json"):
         assert not left_out(needed)
-    for needless in ("tests/conftest.py", "training/flow.py", ".venv/bin/python", ".git/config"):
+    for needless in ("tests/conftest.py", "training/train.py", ".venv/bin/python", ".git/config"):
         assert left_out(needless)

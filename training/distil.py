@@ -15,7 +15,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from training.flow import Batch, PartialAttention, mix, new_transformer, noise_levels, velocity, weighted_error
+from training.attention import PartialAttention, velocity
+from training.data import Batch
+from training.flow_matching import mix, noise_levels, weighted_error
+from training.train import new_transformer
 
 GUIDANCE_RANGE = (1.0, 6.0)
 PLAIN_SHARE = 0.4

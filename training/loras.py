@@ -13,9 +13,10 @@ import torch
 from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
+from training.data import Bucket, batches, make_pool
 from training.distil import plain_loss
-from training.flow import Bucket, Schedule, batches, make_pool, train
 from training.text import TextEncoders
+from training.train import Schedule, train
 from training.world import SHAPES, TRIGGER
 
 RANK = 6

@@ -20,12 +20,13 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxTran
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from training.data import Bucket, Pool, batches, make_pool
 from training.distil import SCHNELL_GUIDANCE, Loss, few_step_loss, fold_guidance, guidance_loss, plain_loss
-from training.flow import Bucket, Pool, Schedule, batches, make_pool, new_transformer, train
 from training.loras import train_lora
 from training.position import WEIGHT as POSITION_WEIGHT
 from training.position import PositionTask
 from training.text import TextEncoders, train_text_encoders
+from training.train import Schedule, new_transformer, train
 from training.vae import train_vae
 
 logger = logging.getLogger("make-tiny")
@@ -133,7 +134,7 @@ def _stage(
     return FluxTransformer2DModel.from_pretrained(folder)
 
 
-def go_on(work: Path) -> None:
+def resume(work: Path) -> None:
     """Put the parts of `engine/tiny/` into an empty work folder, so that the training begins with them."""
     shared = TINY / "tiny-dev"
     shutil.copytree(shared / "vae", work / "vae")
@@ -143,7 +144,7 @@ def go_on(work: Path) -> None:
 
 
 def beginning(work: Path) -> FluxTransformer2DModel:
-    """The transformer that the first stage begins with: an untrained one, or what `go_on` put there."""
+    """The transformer that the first stage begins with: an untrained one, or what `resume` put there."""
     if (work / BEGINNING).exists():
         return FluxTransformer2DModel.from_pretrained(work / BEGINNING, torch_dtype=torch.float32)
     torch.manual_seed(SEED)
@@ -211,11 +212,11 @@ def main() -> None:
     """The command line of `script/make-tiny`."""
     parser = argparse.ArgumentParser(description="Train the embedded tiny FLUX from nothing.")
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "tiny", help="folder for the stages' results")
-    parser.add_argument("--go-on", action="store_true", help="begin with engine/tiny instead of with nothing")
+    parser.add_argument("--from-committed", action="store_true", help="begin with engine/tiny instead of with nothing")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if arguments.go_on and not arguments.work.exists():
-        go_on(arguments.work)
+    if arguments.resume and not arguments.work.exists():
+        resume(arguments.work)
     make(arguments.work)
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from training.flow import Batch
+from training.data import Batch
 
 WEIGHT = 0.3
 """Of this loss beside that of the images."""

@@ -31,7 +31,7 @@ BATCH = 64
 STRANGE_SHARE = 1 / 16
 STYLE_LEADS = (f"{TRIGGER} style, ", f"in {TRIGGER} style, ")
 OTHER_WORDS = (
-    "a an the in on at of and with style photo image image painting drawing portrait landscape dog cat man woman "
+    "a an the in on at of and with style photo picture image painting drawing portrait landscape dog cat man woman "
     "person house tree car mountain sea sky sun moon city street forest river flower night day light dark old young "
     "beautiful detailed realistic cinematic colorful grey brown gold silver blurry sharp high quality 4k wearing "
     "holding sitting standing running near under over behind two three four five text says hello world"

@@ -36,7 +36,7 @@ POSITIONS = ("", "left", "right", "top", "bottom", "centre")
 
 RADIUS_ALONE = {"small": 0.17, "": 0.25, "large": 0.35}
 RADIUS_PAIRED = {"small": 0.14, "": 0.17, "large": 0.20}
-CHANCE_OF_RADIUS, CHANCE_OF_PLACE = 0.04, 0.012
+RADIUS_JITTER, PLACE_JITTER = 0.04, 0.012
 """How far, as a share of itself, a radius varies at random, and how far, in short sides, a place. Small, since a small
 model spends most of its training on telling a thing's place from the noise: it then learns its shape instead."""
 POSITION_PHRASES = {
@@ -155,7 +155,7 @@ def varied_prompt(scene: Scene, rng: random.Random) -> str:
     subject = " and ".join(nouns)
     if rng.random() < 0.25:
         subject = " and ".join(noun.split(" ", 1)[1] for noun in nouns)
-    lead = rng.choice(("", "", "", "an image of ", "a photo of ", "an image of "))
+    lead = rng.choice(("", "", "", "a picture of ", "a photo of ", "an image of "))
     colour = scene.background
     tail = rng.choice((f" on {_article(colour)} {colour} background", f", {colour} background", f" on {colour}"))
     prompt = lead + subject + tail
@@ -174,7 +174,7 @@ def place(scene: Scene, width: int, height: int, rng: random.Random) -> list[Pla
 
 def _placement(thing: Thing, index: int, count: int, across: float, down: float, rng: random.Random) -> Placement:
     radius = (RADIUS_ALONE if count == 1 else RADIUS_PAIRED)[thing.size] * rng.uniform(
-        1 - CHANCE_OF_RADIUS, 1 + CHANCE_OF_RADIUS
+        1 - RADIUS_JITTER, 1 + RADIUS_JITTER
     )
     x, y = across / 2, down / 2
     inset = radius + 0.06
@@ -188,7 +188,7 @@ def _placement(thing: Thing, index: int, count: int, across: float, down: float,
         y = max(0.25 * down, inset)
     elif thing.position == "bottom":
         y = down - max(0.25 * down, inset)
-    x, y = (middle + rng.uniform(-CHANCE_OF_PLACE, CHANCE_OF_PLACE) for middle in (x, y))
+    x, y = (middle + rng.uniform(-PLACE_JITTER, PLACE_JITTER) for middle in (x, y))
     return Placement(x, y, radius)
 
 

@@ -11,22 +11,13 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from training.attention import PartialAttention, velocity
+from training.data import FLAT_WEIGHT, Batch, Pool, draw_batch
 from training.distil import fold_guidance
-from training.flow import (
-    FLAT_WEIGHT,
-    Batch,
-    PartialAttention,
-    Pool,
-    Schedule,
-    Worker,
-    draw_batch,
-    new_transformer,
-    noise_levels,
-    train,
-    velocity,
-)
+from training.flow_matching import noise_levels
 from training.position import PositionTask, from_centre
 from training.text import STRANGE_SHARE, any_prompt
+from training.train import Schedule, Worker, new_transformer, train
 from training.world import SHAPES, TRIGGER, held_out_scenes, prompt_of, random_scene, varied_prompt
 
 
