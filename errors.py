@@ -1,54 +1,53 @@
 """The errors whose messages reach the user.
 
 PredictionError            its message goes to the user as it is
-├ InputError               missing or contradictory inputs
-├ LoraError                a LoRA that cannot be used
-│ ├ LoraReferenceError     not a form that we know; the message lists the forms
-│ ├ LoraAccessError        the service refuses it, or has no such thing; names the host and the token's input
-│ └ LoraFormatError        no FLUX LoRA, or one that does not fit this model
-├ DownloadError            network, disk, a truncated or an oversized file
-│ ├ HttpStatusError        the server answered, but not with the file
-│ └ DiskError              this machine's disk is full or fails
-├ ModelError               the model gave no usable image
-└ UnsafeOutputError        every image was withheld
+├ InputError               missing, contradictory or unreadable inputs
+├ LoraError                a LoRA cannot be used
+│ ├ LoraReferenceError     the reference has no known form; the message lists the forms
+│ ├ LoraAccessError        401, 403, 404 or 410; the message names the host and the token input
+│ └ LoraFormatError        not a FLUX LoRA, or it does not fit this model
+├ DownloadError            network failure, truncated or oversized file
+│ ├ HttpStatusError        the server answered with an error status
+│ └ DiskError              this machine's disk is full or failing
+├ ModelError               the model produced no usable image
+└ UnsafeOutputError        every image was withheld by the safety checker
 
-SettingsError              a setting of the operator's is wrong: setup stops
+SettingsError              an environment variable has an invalid value: setup stops
 
-A message has three parts: what was asked, what was found, what to do. Everything else that is raised is a mistake of
-ours and stays an ordinary exception.
+A message has three parts: what was asked, what was found, what to do. Programming mistakes stay ordinary exceptions.
 """
 
 
 class PredictionError(Exception):
-    """A prediction that failed for a reason its user can read; the message carries no secret and no server path."""
+    """A prediction failed for a reason shown to the user; the message contains no secret and no server path."""
 
 
 class InputError(PredictionError):
-    """Inputs that are missing, contradictory or unreadable."""
+    """Inputs are missing, contradictory or unreadable."""
 
 
 class LoraError(PredictionError):
-    """A LoRA that cannot be used."""
+    """A LoRA cannot be used."""
 
 
 class LoraReferenceError(LoraError):
-    """A text that names a LoRA in no form that we know."""
+    """A LoRA reference has none of the known forms."""
 
 
 class LoraAccessError(LoraError):
-    """A LoRA that its service does not give to this caller, or that is not there."""
+    """The service refuses the LoRA to this caller, or does not have it."""
 
 
 class LoraFormatError(LoraError):
-    """A file that is no FLUX LoRA, or one that does not fit this model."""
+    """A file is not a FLUX LoRA, or does not fit this model."""
 
 
 class DownloadError(PredictionError):
-    """A file that could not be fetched whole and right."""
+    """A file could not be fetched completely and correctly."""
 
 
 class HttpStatusError(DownloadError):
-    """An answer other than the one asked for: its status, the host that gave it, and the beginning of its body."""
+    """A server answered with an error status; carries the status, the host and the beginning of the body."""
 
     def __init__(self, message: str, *, status: int, host: str, body: str = "") -> None:
         super().__init__(message)
@@ -58,11 +57,11 @@ class HttpStatusError(DownloadError):
 
 
 class DiskError(DownloadError):
-    """The disk of this machine is full or fails."""
+    """This machine's disk is full or failing."""
 
 
 class ModelError(PredictionError):
-    """The model gave no usable image, for instance numbers that are not finite."""
+    """The model produced no usable image, for instance non-finite values."""
 
 
 class UnsafeOutputError(PredictionError):
@@ -70,4 +69,4 @@ class UnsafeOutputError(PredictionError):
 
 
 class SettingsError(Exception):
-    """A setting with a value that cannot be; the message names the environment variable."""
+    """An environment variable has an invalid value; the message names it."""

@@ -1,6 +1,6 @@
-"""Images in and out: open an image or a mask from a file, encode webp, jpg or png. Pillow and NumPy only.
+"""Open images and masks from files; encode images as webp, jpg or png. Pillow and NumPy only.
 
-What a file may be is decided here, before a pixel is decoded: six formats, 40 megapixels, sides within 8:1.
+The limits (six formats, 40 megapixels, aspect ratio within 8:1) are checked before any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ MAX_PIXELS = 40_000_000
 MAX_ASPECT = 8
 MAX_FILE_BYTES = 100 * 2**20
 WEBP_METHOD = 2
-"""Effort of the webp encoder, 0 to 6; `script/bench cpu` measures time and size of each."""
+"""Effort of the webp encoder, 0 to 6; `script/bench cpu` measures time and file size for each."""
 CONTRAST = 8
-"""A mask whose luminance spans less than this many of 255 levels has no contrast: its alpha is read instead."""
+"""A transparent mask whose luminance spans fewer than this many of 255 levels is read from its alpha channel."""
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image as RGB, upright, first frame, transparency over white.
+    """Return the first frame as RGB, turned upright by its EXIF orientation, transparency composited over white.
 
     Raises:
-        InputError: no image of the six formats, too large, too long and thin, or damaged.
+        InputError: not one of the six formats, too many pixels, an aspect ratio beyond 8:1, or damaged.
     """
     return _over_white(_open(path, "image"))
 
 
 def open_mask(path: Path) -> Image.Image:
-    """The mask as "L", upright; one with transparency and no luminance contrast is read from its alpha.
+    """Return the mask as "L", upright; a transparent one without luminance contrast is read from its alpha channel.
 
     Raises:
         InputError: as for `open_image`.
@@ -55,12 +55,12 @@ def _range(channel: Image.Image) -> tuple[int, int]:
 
 
 def _open(path: Path, name: str) -> Image.Image:
-    """The first frame, decoded, upright, in a mode of 8 bits a channel."""
+    """Decode the first frame: upright, 8 bits per channel."""
     if path.stat().st_size > MAX_FILE_BYTES:
         raise InputError(f"The {name} file has {path.stat().st_size >> 20} MiB. Give one of at most 100 MiB.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning: our limit is checked below
+            warnings.simplefilter("ignore")  # Pillow's size warning; _check_shape has our own limit
             with Image.open(path, formats=FORMATS) as image:
                 _check_shape(image, name)
                 image.seek(0)
@@ -72,7 +72,7 @@ def _open(path: Path, name: str) -> Image.Image:
         raise InputError(f"The {name} has too many pixels. Give one of at most 40 megapixels.") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"The {name} is not an image that can be read. Give a PNG, JPEG, WebP, GIF, BMP or AVIF file."
+            f"The {name} is not in a format that can be read. Give a PNG, JPEG, WebP, GIF, BMP or AVIF file."
         ) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"The {name} is damaged and cannot be decoded. Save it again, or give another one.") from error
@@ -90,7 +90,7 @@ def _check_shape(image: Image.Image, name: str) -> None:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit and floating-point grey scaled to 8 bits; other modes as they are."""
+    """Scale 16-bit and floating-point greyscale to 8 bits; return other modes unchanged."""
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64) / 257
     elif image.mode == "F":
@@ -109,14 +109,14 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def composite(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
-    """`painted` where the mask is white, exactly `original` where it is black, a mixture where it is grey."""
+    """Return `painted` where the mask is white, exactly `original` where it is black, a blend where it is grey."""
     return Image.composite(painted, original, mask)
 
 
 def encode(image: Image.Image, output_format: str, quality: int) -> bytes:
-    """The image as a file's bytes: "webp" or "jpg" with a quality of 0 to 100, or lossless "png".
+    """Encode as "webp" or "jpg" with a quality of 0 to 100, or as lossless "png".
 
-    JPEG has no quality 0 in Pillow, where 0 means the default: it is encoded at 1.
+    Pillow takes JPEG quality 0 for its default of 75, so 0 is encoded as 1.
     """
     buffer = io.BytesIO()
     if output_format == "webp":

@@ -1,7 +1,7 @@
-"""The Cog surface: the inputs, literally, and a prediction that reads like one line. No rule about inputs lives here.
+"""The Cog interface: the inputs of the contract and the steps of one prediction. Rules about inputs are in request.py.
 
-Cog makes the image's schema by parsing this file, not by running it: every `Input` is a literal, descriptions are one
-plain string each, and choices stand where they are used. `tests/test_predict_syntax.py` holds that.
+Cog generates the schema by parsing this file, not by running it: every argument of `Input` is a literal, and every
+description is one plain string. `tests/test_predict_syntax.py` checks that.
 """
 
 import logging
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("predict")
 ADAPTER_CACHE_BYTES = 4 * 10**9
-"""Of parsed LoRAs in host memory: some twenty of the usual size."""
+"""Limit of parsed LoRAs kept in host memory: about twenty of the usual size."""
 
 
 class Predictor(BasePredictor):
@@ -41,7 +41,7 @@ class Predictor(BasePredictor):
         configure_logging()
         started = time.monotonic()
         settings = Settings.from_env(os.environ)
-        import torch  # not above: its import takes seconds and writes lines that configure_logging quiets
+        import torch  # imported here: it takes seconds, and configure_logging must run first
 
         from engine.hub import fetch_profiles
         from engine.profiles import choose_profile, model_profiles
@@ -55,7 +55,7 @@ class Predictor(BasePredictor):
         logger.info("profile %s on %s: %s", profile, device, reason)
         checker, reason = choose_checker(settings.safety, profile)
         logger.info("safety checker %s: %s", checker, reason)
-        self.checker = load_checker(checker, settings.safety_folder, device)  # first: its lack is found in seconds
+        self.checker = load_checker(checker, settings.safety_folder, device)  # first: it fails within seconds
         self.safety_required = settings.safety_required
         self.loras = open_store(settings)
         self.plain_http_hosts = settings.trusted_hosts
@@ -182,7 +182,7 @@ class Predictor(BasePredictor):
             description="CivitAI API token. Needed when a LoRA's download asks for a login.",
         ),
     ) -> List[Path]:
-        """Return the images' files, in order; they live until the next prediction."""
+        """Return the image files, in order; they are removed when the next prediction starts."""
         try:
             started = time.monotonic()
             refuse_unchecked(disable_safety_checker, self.safety_required)
@@ -223,7 +223,7 @@ class Predictor(BasePredictor):
             gate.require_one()
             logger.info("images made: %d, in %.1f s", len(files), time.monotonic() - started)
             return files
-        except BaseException as error:  # a cancellation too, which is no Exception
+        except BaseException as error:  # a cancellation is a BaseException
             self.outputs.clear()
             log_failure(error)
             raise
@@ -241,15 +241,15 @@ class Predictor(BasePredictor):
     def _adapters(
         self, request: GenerationRequest, hf_api_token: Optional[Secret], civitai_api_token: Optional[Secret]
     ) -> "List[Tuple[LoraAdapter, float]]":
-        """Every LoRA of the request, fetched and checked against the model, with its strength."""
+        """Fetch every LoRA of the request and check it against the model; return the adapters and their scales."""
         tokens = Tokens(revealed(hf_api_token), revealed(civitai_api_token))
         shapes = self.engine.exact.adapters[request.model].shapes
         stack, facts = [], []
-        for reference, strength in request.loras:
+        for reference, scale in request.loras:
             with self.loras.open(reference, tokens) as file:
                 adapter = self.adapters.get(file.path, shapes, file.sha256, reference.label)
-            logger.info("LoRA %s: strength %g, %s", reference.label, strength, adapter.summary)
-            stack.append((adapter, strength))
+            logger.info("LoRA %s: scale %g, %s", reference.label, scale, adapter.summary)
+            stack.append((adapter, scale))
             facts.append(lora_facts(adapter, file))
         if facts:
             self.record_metric("loras", facts)
@@ -266,43 +266,43 @@ class Predictor(BasePredictor):
 
 
 class OutputFolder:
-    """The folder of one prediction's files; the one before is removed when the next is asked for, and at exit."""
+    """The temporary folder of the current prediction's files; removed at the next prediction and at exit."""
 
     def __init__(self) -> None:
         self._current: Optional[tempfile.TemporaryDirectory[str]] = None
 
     def fresh(self) -> pathlib.Path:
-        """Return a new empty folder of a name that no other has."""
+        """Remove the current folder and return a new, empty one with a unique name."""
         self.clear()
         self._current = tempfile.TemporaryDirectory(prefix="flux-")
         return pathlib.Path(self._current.name)
 
     def clear(self) -> None:
-        """Remove the folder and what is in it."""
+        """Remove the current folder with its files."""
         if self._current is not None:
             self._current.cleanup()
         self._current = None
 
 
 def write(folder: pathlib.Path, index: int, image: "Image", request: GenerationRequest) -> pathlib.Path:
-    """Encode an image into a new file of the folder."""
+    """Encode an image into a new file in `folder` and return its path."""
     file = folder / f"{folder.name}-{index}.{request.output_format}"
     file.write_bytes(encode(image, request.output_format, request.output_quality))
     return file
 
 
 def log_failure(error: BaseException) -> None:
-    """Log why a prediction ended: our own errors by their message, mistakes with their trace, a cancellation briefly."""
+    """Log why a prediction failed: user errors by their message, unexpected ones with a traceback, a cancellation briefly."""
     if isinstance(error, PredictionError):
         logger.error("%s: %s", type(error).__name__, error)
     elif isinstance(error, Exception):
         logger.error("the prediction failed", exc_info=error)
     else:
-        logger.info("the prediction was given up: %s", type(error).__name__)
+        logger.info("prediction cancelled: %s", type(error).__name__)
 
 
 def lora_facts(adapter: "LoraAdapter", file: "CachedFile") -> Dict[str, Any]:
-    """What the metrics say of a LoRA: its format and size, where it came from and how long that took."""
+    """A LoRA's entry in the metrics: format, size, trigger words, cache outcome and seconds to fetch it."""
     return {
         "format": adapter.format,
         "rank": max(adapter.ranks),
@@ -315,10 +315,10 @@ def lora_facts(adapter: "LoraAdapter", file: "CachedFile") -> Dict[str, Any]:
 
 
 def refuse_unchecked(disabled: bool, required: bool) -> None:
-    """Raise where a request would do without the checker that the operator requires.
+    """Refuse `disable_safety_checker` where the operator requires the checker.
 
     Raises:
-        InputError: it would.
+        InputError: the request disables a required checker.
     """
     if disabled and required:
         raise InputError(
@@ -327,18 +327,18 @@ def refuse_unchecked(disabled: bool, required: bool) -> None:
 
 
 def revealed(secret: Optional[Secret]) -> Optional[str]:
-    """The text of a secret input; None where it is absent or blank."""
+    """The value of a secret input; None when absent or blank."""
     text = None if secret is None else secret.get_secret_value()
     return (text or "").strip() or None
 
 
 def uploaded(file: Optional[pathlib.Path], name: str) -> Optional[pathlib.Path]:
-    """Return `file` if it is one that the server stored for this request, in the temporary folder.
+    """Return the path of an input file that Cog stored in the temporary folder.
 
-    Cog hands text that is no URL on as it came, so that it could name any file of the server.
+    Cog passes text that is not a URL through unchanged, so it could name any file on the server.
 
     Raises:
-        InputError: it is anything else.
+        InputError: `file` is text, or lies outside the temporary folder.
     """
     if file is None:
         return None

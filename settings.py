@@ -1,4 +1,4 @@
-"""The operator's settings, read once from the environment. No other module reads the environment."""
+"""The operator's settings, read once from environment variables. No other module reads the environment."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ GIGABYTE = 10**9
 
 @dataclass(frozen=True)
 class Settings:
-    """What the operator decided; fixed after setup. Tokens are never shown."""
+    """The settings, constant after setup. Tokens are excluded from `repr`."""
 
     profile: str = "auto"
     """`full`, `tiny`, or `auto`: full with a CUDA device, else tiny."""
     dev: str = "black-forest-labs/FLUX.1-dev"
     """FLUX.1 [dev]: a Hub repository or a local folder in diffusers layout."""
     schnell: str = "black-forest-labs/FLUX.1-schnell"
-    """FLUX.1 [schnell], likewise; only its transformer and scheduler are read, the rest is dev's."""
+    """FLUX.1 [schnell], likewise; only its transformer and scheduler are loaded, the other components are dev's."""
     cache_dir: Path = Path("~/.cache/flux-predictor")
-    """Where LoRA files are kept; may begin with `~`."""
+    """Where downloaded LoRA files are kept; may begin with `~`."""
     cache_min_free_bytes: int = 10 * GIGABYTE
     cache_max_bytes: int | None = None
     max_download_bytes: int = 2 * GIGABYTE
-    """The largest LoRA."""
+    """Size limit of a LoRA file."""
     default_lora: str | None = None
-    """Used where a request names no `replicate_weights`."""
+    """The LoRA of requests without `replicate_weights`."""
     go_fast_lora_gain: float = 1.5
-    """What go_fast multiplies the strengths of LoRAs by."""
+    """The factor on LoRA scales under go_fast."""
     compile: str = "auto"
     """`on`, `off`, or `auto`: whether the transformers are compiled; on with a CUDA device."""
     safety: str = "auto"
     """`reference`, `embedded`, `strict`, or `auto`: reference with the full profile, else embedded."""
     safety_required: bool = False
-    """Whether requests that disable the safety checker are refused."""
+    """Whether requests with `disable_safety_checker` are refused."""
     safety_folder: str | None = None
-    """Holds the weights of reference and strict, as `<owner>/<name>/model.safetensors`; without it, the Hub does."""
+    """Folder with the weights of `reference` and `strict` as `<owner>/<name>/model.safetensors`; None fetches them from
+    the Hub."""
     trusted_hosts: frozenset[str] = frozenset()
-    """"host" or "host:port" that may be plain http and private."""
+    """Hosts ("host" or "host:port") that may use plain http and private addresses."""
     share_operator_tokens: bool = False
-    """Whether callers' LoRAs are fetched with the operator's tokens, where they give none."""
+    """Whether callers' LoRAs are fetched with the operator's tokens when the caller gives none."""
     hugging_face_endpoint: str | None = None
     civitai_endpoint: str | None = None
     replicate_endpoint: str | None = None
@@ -56,10 +57,10 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read the settings.
+        """Read the settings from environment variables; empty optional ones count as unset.
 
         Raises:
-            SettingsError: a variable holds a value that cannot be.
+            SettingsError: a variable has an invalid value.
         """
         return cls(
             profile=_choice(environ, "FLUX_PROFILE", PROFILES, cls.profile),

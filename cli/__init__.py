@@ -1,1 +1,1 @@
-"""What the scripts run: the OpenAPI document, a prediction without a server, the server."""
+"""Behind the scripts: the OpenAPI document, a prediction without a server, the HTTP server."""

@@ -1,6 +1,6 @@
 """The OpenAPI document of the predictor, which Cog's server needs to validate anything.
 
-`cog build` makes it for an image; outside an image `script/schema` writes it to `.cog/openapi_schema.json`.
+`cog build` writes it into an image; outside an image `script/schema` writes it to `.cog/openapi_schema.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ JSON_TYPES: dict[type, dict[str, Any]] = {
 
 
 def input_schemas(predict: Any) -> dict[str, Any]:
-    """`components.schemas` for the arguments of a predict method: `Input`, and one for each list of choices."""
+    """Return `components.schemas` of a predict method: `Input`, and an enumeration for each input with choices."""
     hints = typing.get_type_hints(predict)
     parameters = [p for p in inspect.signature(predict).parameters.values() if p.name != "self"]
     properties: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def _property(name: str, hint: Any, field: FieldInfo, order: int) -> dict[str, A
 
 
 def openapi_document() -> dict[str, Any]:
-    """The whole document, for Cog's HTTP API of this predictor."""
+    """Return the OpenAPI document of the predictor's HTTP API."""
     from predict import Predictor
 
     schemas = {**input_schemas(Predictor.predict), **_API_SCHEMAS}

@@ -1,4 +1,4 @@
-"""Cog's own HTTP server on this machine, as in the image but without Docker: behind `script/serve`."""
+"""Run Cog's HTTP server without Docker, as the image does: behind `script/serve`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ READY_SECONDS = 600.0
 
 
 def start_server(host: str, port: int, *, extra: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    """Start the server, its schema in place; it loads the model in the background.
+    """Write the schema and start the server, which loads the models in the background.
 
-    The environment that runs this comes first on PATH, since Cog starts its worker as plain `python`.
+    This Python's folder comes first on PATH, because Cog starts its worker as plain `python`.
     """
     write_schema()
     binaries = str(Path(sys.executable).parent)
@@ -36,7 +36,7 @@ def start_server(host: str, port: int, *, extra: tuple[str, ...] = ()) -> subpro
 
 
 def health(host: str, port: int) -> dict[str, object]:
-    """The server's health document, or an empty one while nothing answers."""
+    """Return the server's health document; empty while nothing answers."""
     try:
         with urllib.request.urlopen(f"http://{host}:{port}/health-check", timeout=5) as answer:
             document: dict[str, object] = json.load(answer)
@@ -46,7 +46,7 @@ def health(host: str, port: int) -> dict[str, object]:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], host: str, port: int, timeout: float = READY_SECONDS) -> str:
-    """Wait for the setup's end and return the status: "READY", or what else it came to."""
+    """Wait until setup has ended and return the status: "READY", another health status, "EXITED" or "TIMED OUT"."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -59,7 +59,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], host: str, port: int, time
 
 
 def stop_server(server: subprocess.Popen[bytes], grace_seconds: float = 60.0) -> int:
-    """Ask the server to end, as Docker does, and return its exit status; a running prediction finishes first."""
+    """Send SIGTERM, as Docker does, and return the exit status; a running prediction finishes first."""
     server.terminate()
     try:
         return server.wait(grace_seconds)

@@ -1,4 +1,4 @@
-"""The OpenAPI document against the published contract, and the contract's copy against nothing: it is the contract."""
+"""The OpenAPI document against the published contract."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECRETS = ["hf_api_token", "civitai_api_token"]
 
 
 def flattened(name: str) -> dict[str, Any]:
-    """A property of the document in the contract's plainer form: its choices beside it, no title or order."""
+    """A property of the document in the contract's form: choices inlined, no title or order."""
     schema = dict(PROPERTIES[name])
     for part in schema.pop("allOf", []):
         choices = SCHEMAS[part["$ref"].rsplit("/", 1)[1]]
@@ -27,7 +27,7 @@ def flattened(name: str) -> dict[str, Any]:
     return {key: value for key, value in schema.items() if key not in ("title", "x-order")}
 
 
-def test_the_inputs_are_the_contracts_in_its_order_then_the_two_secrets() -> None:
+def test_the_inputs_have_the_contracts_order_and_then_the_two_secrets() -> None:
     ordered = sorted(PROPERTIES, key=lambda name: PROPERTIES[name]["x-order"])
     assert ordered == [field["name"] for field in CONTRACT["inputs"]] + SECRETS
 
@@ -52,7 +52,7 @@ def test_a_token_is_a_secret_without_a_default(name: str) -> None:
     assert "default" not in PROPERTIES[name]
 
 
-def test_every_reference_in_the_document_leads_somewhere() -> None:
+def test_every_reference_in_the_document_resolves() -> None:
     text = json.dumps(DOCUMENT)
     for part in text.split('"#/components/schemas/')[1:]:
         assert part.split('"')[0] in SCHEMAS

@@ -1,4 +1,4 @@
-"""What may come in as an image, how it is read, and what goes out."""
+"""Input limits, decoding, and encoding of images."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_other_formats_are_refused(save: Save, name: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_upright(save: Save, orientation: int) -> None:
+def test_exif_orientation_is_applied(save: Save, orientation: int) -> None:
     tags = Image.Exif()
     tags[0x0112] = orientation
     image = open_image(save(two_halves(), "a.png", exif=tags))
@@ -68,7 +68,7 @@ def test_the_first_frame_of_an_animation_is_used(save: Save) -> None:
     assert close(open_image(path).getpixel((3, 3)), RED)
 
 
-def test_transparency_is_laid_over_white(save: Save) -> None:
+def test_transparency_is_composited_over_white(save: Save) -> None:
     image = Image.new("RGBA", (32, 32), (*RED, 0))
     image.paste((*RED, 255), (0, 0, 16, 32))
     read = open_image(save(image))
@@ -76,7 +76,7 @@ def test_transparency_is_laid_over_white(save: Save) -> None:
     assert read.getpixel((28, 4)) == (255, 255, 255)
 
 
-def test_a_palette_with_a_transparent_colour_is_laid_over_white(save: Save) -> None:
+def test_a_palette_with_a_transparent_colour_is_composited_over_white(save: Save) -> None:
     image = two_halves().quantize(4)
     path = save(image, "a.png", transparency=image.getpixel((60, 3)))
     read = open_image(path)
@@ -100,7 +100,7 @@ def test_sixteen_bits_are_scaled_to_eight(save: Save) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The start of a PNG of that size, with hardly any data: small to send, large to decode."""
+    """A PNG that declares this size but holds hardly any data: small to send, large to decode."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -130,7 +130,7 @@ def test_eight_to_one_is_read(save: Save) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
-def test_a_file_that_is_no_image_says_so(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(InputError, match="image") as caught:
@@ -138,7 +138,7 @@ def test_a_file_that_is_no_image_says_so(tmp_path: Path, content: bytes) -> None
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_cut_off_image_says_so(save: Save) -> None:
+def test_a_truncated_image_is_refused(save: Save) -> None:
     path = save(Image.effect_noise((200, 200), 50), "a.jpg")
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match="damaged"):

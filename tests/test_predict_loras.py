@@ -67,7 +67,7 @@ def test_each_request_has_its_own_loras_and_no_other(predictor: Predictor, addre
     assert weights_digest(predictor) == before
 
 
-def test_main_and_extra_are_alike_and_strengths_of_the_same_add(
+def test_main_and_extra_are_alike_and_scales_of_the_same_lora_add(
     predictor: Predictor, addresses: dict[str, str]
 ) -> None:
     style = addresses["style"]
@@ -105,7 +105,7 @@ def test_a_file_is_fetched_once_and_the_log_says_what_it_is(
     assert lora_storage.count("/once.safetensors") == 1
     assert "once.safetensors: miss, 0.2 MB" in caplog.text
     assert "once.safetensors: hit, 0.2 MB" in caplog.text
-    assert "strength 1" in caplog.text
+    assert "scale 1" in caplog.text
     assert "rank 6" in caplog.text
     assert "canary" not in caplog.text
 

@@ -1,4 +1,4 @@
-"""predict.py as Cog's static parser sees it: the image's schema is made from the syntax tree, not by running it."""
+"""predict.py as Cog's static parser reads it: the schema is generated from the syntax tree, not by running the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_literal(node: ast.expr) -> bool:
 
 
 def plain_type(annotation: ast.expr) -> tuple[str, bool]:
-    """The type's name and whether it is Optional[...]; nothing else is understood."""
+    """Return the type's name and whether it is Optional[...]; the parser knows no other form."""
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
         assert annotation.value.id == "Optional"
         assert isinstance(annotation.slice, ast.Name)
@@ -36,7 +36,7 @@ def plain_type(annotation: ast.expr) -> tuple[str, bool]:
 
 
 def faults(source: str) -> list[str]:
-    """What Cog's parser would refuse, or silently read wrongly."""
+    """Return what Cog's parser would refuse or silently misread."""
     method = predict_method(source)
     arguments = method.args.args[1:]
     found = []
@@ -74,7 +74,7 @@ def _is_joined(source: str, node: ast.expr) -> bool:
     )
 
 
-def test_predict_py_has_nothing_that_cogs_parser_reads_wrongly() -> None:
+def test_predict_py_has_nothing_that_cogs_parser_misreads() -> None:
     assert faults(SOURCE.read_text()) == []
 
 

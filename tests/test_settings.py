@@ -1,4 +1,4 @@
-"""The settings from an environment, and the errors that name the variable."""
+"""Settings read from environment variables, and errors that name the variable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`script/predict` as a newcomer runs it: its arguments, its messages, its exit status."""
+"""`script/predict` run as a user runs it: arguments, messages, exit status."""
 
 from __future__ import annotations
 

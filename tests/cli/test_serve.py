@@ -1,4 +1,4 @@
-"""Cog's real HTTP server, driven as its clients drive it."""
+"""Cog's real HTTP server, called over HTTP."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Client:
             return error.code, json.loads(text) if text.startswith(("{", "[")) else text
 
     def wait_for_slot(self) -> None:
-        """Wait until the slot is free: coglet answers a moment before it frees it."""
+        """Wait until the slot is free: coglet answers shortly before it frees the slot."""
         deadline = time.monotonic() + 60
         while self.call("GET", "/health-check")[1]["status"] != "READY":
             assert time.monotonic() < deadline
@@ -222,7 +222,7 @@ def test_put_creates_a_prediction_of_that_name(client: Client) -> None:
 
 
 def cancel_and_time_the_slot(client: Client, name: str, after_seconds: float) -> float:
-    """Cancel a running prediction and return how long the slot then stays taken."""
+    """Cancel a running prediction and return the seconds until the slot is free."""
     client.wait_for_slot()
     status, _ = client.call("PUT", f"/predictions/{name}", {"input": SLOW}, Prefer="respond-async")
     assert status == 202
@@ -267,7 +267,7 @@ def test_the_document_is_served(client: Client) -> None:
 
 @pytest.fixture
 def receiver() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """A server that keeps what is PUT to it."""
+    """A server that stores what is PUT to it."""
     received: dict[str, bytes] = {}
 
     class Keep(BaseHTTPRequestHandler):
