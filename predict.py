@@ -72,11 +72,9 @@ class Predictor(BasePredictor):
             description="Prompt for generated image. If you include the `trigger_word` used in the training process you are more likely to activate the trained object, style, or concept in the resulting image.",
         ),
         image: Optional[Path] = Input(
-            default=None,
             description="Input image for image to image or inpainting mode. If provided, aspect_ratio, width, and height inputs are ignored.",
         ),
         mask: Optional[Path] = Input(
-            default=None,
             description="Image mask for image inpainting mode. If provided, aspect_ratio, width, and height inputs are ignored.",
         ),
         aspect_ratio: str = Input(
@@ -85,13 +83,11 @@ class Predictor(BasePredictor):
             description="Aspect ratio for the generated image. If custom is selected, uses height and width below & will run in bf16 mode",
         ),
         height: Optional[int] = Input(
-            default=None,
             ge=256,
             le=1440,
             description="Height of generated image. Only works if `aspect_ratio` is set to custom. Will be rounded to nearest multiple of 16. Incompatible with fast generation",
         ),
         width: Optional[int] = Input(
-            default=None,
             ge=256,
             le=1440,
             description="Width of generated image. Only works if `aspect_ratio` is set to custom. Will be rounded to nearest multiple of 16. Incompatible with fast generation",
@@ -126,7 +122,6 @@ class Predictor(BasePredictor):
             description="Guidance scale for the diffusion process. Lower values can give more realistic images. Good values to try are 2, 2.5, 3 and 3.5",
         ),
         seed: Optional[int] = Input(
-            default=None,
             description="Random seed. Set for reproducible generation",
         ),
         output_format: str = Input(
@@ -154,7 +149,6 @@ class Predictor(BasePredictor):
             description="Approximate number of megapixels for generated image",
         ),
         replicate_weights: Optional[str] = Input(
-            default=None,
             description="Load LoRA weights. Supports Replicate models in the format <owner>/<username> or <owner>/<username>/<version>, HuggingFace URLs in the format huggingface.co/<owner>/<model-name>, CivitAI URLs in the format civitai.com/models/<id>[/<model-name>], or arbitrary .safetensors URLs from the Internet. For example, 'fofr/flux-pixar-cars'",
         ),
         lora_scale: float = Input(
@@ -164,7 +158,6 @@ class Predictor(BasePredictor):
             description="Determines how strongly the main LoRA should be applied. Sane results between 0 and 1 for base inference. For go_fast we apply a 1.5x multiplier to this value; we've generally seen good performance when scaling the base value by that amount. You may still need to experiment to find the best value for your particular lora.",
         ),
         extra_lora: Optional[str] = Input(
-            default=None,
             description="Load LoRA weights. Supports Replicate models in the format <owner>/<username> or <owner>/<username>/<version>, HuggingFace URLs in the format huggingface.co/<owner>/<model-name>, CivitAI URLs in the format civitai.com/models/<id>[/<model-name>], or arbitrary .safetensors URLs from the Internet. For example, 'fofr/flux-pixar-cars'",
         ),
         extra_lora_scale: float = Input(
@@ -174,11 +167,9 @@ class Predictor(BasePredictor):
             description="Determines how strongly the extra LoRA should be applied. Sane results between 0 and 1 for base inference. For go_fast we apply a 1.5x multiplier to this value; we've generally seen good performance when scaling the base value by that amount. You may still need to experiment to find the best value for your particular lora.",
         ),
         hf_api_token: Optional[Secret] = Input(
-            default=None,
             description="Hugging Face API token. Needed when a LoRA comes from a gated or private repository.",
         ),
         civitai_api_token: Optional[Secret] = Input(
-            default=None,
             description="CivitAI API token. Needed when a LoRA's download asks for a login.",
         ),
     ) -> List[Path]:

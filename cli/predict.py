@@ -15,7 +15,7 @@ from typing import Any
 import cog
 from cog.types import URLPath
 
-from cli.schema import input_schemas
+from cli.schema import predictor_schemas
 from errors import InputError, PredictionError, SettingsError
 
 EXAMPLE = 'script/predict -i prompt="a large red circle on a white background"'
@@ -118,7 +118,7 @@ def run(pairs: list[tuple[str, str]], output: Path) -> list[Path]:
     from predict import Predictor
 
     with tempfile.TemporaryDirectory(prefix="flux-inputs-") as folder:
-        inputs = parse_inputs(pairs, input_schemas(Predictor.predict), Path(folder))
+        inputs = parse_inputs(pairs, predictor_schemas(Predictor.predict), Path(folder))
         predictor = Predictor()
         predictor.setup()
         files = predictor.predict(**inputs)

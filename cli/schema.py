@@ -1,10 +1,12 @@
-"""The OpenAPI document of the predictor, which Cog's server needs to validate anything.
+"""The predictor's OpenAPI document, which Cog's server needs for validating requests: behind `script/schema`.
 
-`cog build` writes it into an image; outside an image `script/schema` writes it to `.cog/openapi_schema.json`.
+`cog build` writes it into an image from the source text of predict.py. Outside an image it is written here, from the
+loaded class, and equals what `cog build` writes. `openapi.json` holds the part that is the same for every predictor.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import typing
@@ -16,124 +18,58 @@ from cog.input import FieldInfo
 
 PROJECT = Path(__file__).parent.parent
 SCHEMA_FILE = PROJECT / ".cog" / "openapi_schema.json"
+FRAME = Path(__file__).with_name("openapi.json")
 
 JSON_TYPES: dict[type, dict[str, Any]] = {
     str: {"type": "string"},
     int: {"type": "integer"},
     float: {"type": "number"},
     bool: {"type": "boolean"},
-    cog.Path: {"type": "string", "format": "uri"},
-    cog.Secret: {"type": "string", "format": "password", "writeOnly": True, "x-cog-secret": True},
+    cog.Path: {"format": "uri", "type": "string"},
+    cog.Secret: {"format": "password", "type": "string", "writeOnly": True, "x-cog-secret": True},
 }
 
 
-def input_schemas(predict: Any) -> dict[str, Any]:
-    """Return `components.schemas` of a predict method: `Input`, and an enumeration for each input with choices."""
+def predictor_schemas(predict: Any) -> dict[str, Any]:
+    """Return the schemas of a predict method: `Input`, `Output`, and an enumeration for each input with choices."""
     hints = typing.get_type_hints(predict)
-    parameters = [p for p in inspect.signature(predict).parameters.values() if p.name != "self"]
-    properties: dict[str, Any] = {}
-    choices: dict[str, Any] = {}
-    required: list[str] = []
-    for order, parameter in enumerate(parameters):
-        field = parameter.default
-        if not isinstance(field, FieldInfo):
-            raise TypeError(f"predict.py: {parameter.name} has no Input(...)")
-        optional = type(None) in typing.get_args(hints[parameter.name])
-        if field.default is None and not optional:
-            required.append(parameter.name)
-        properties[parameter.name] = _property(parameter.name, hints[parameter.name], field, order)
-        if field.choices:
-            choices[parameter.name] = {
-                "type": "string", "enum": list(field.choices), "title": parameter.name,
-                "description": "An enumeration.",
-            }  # fmt: skip
+    fields = {name: p.default for name, p in inspect.signature(predict).parameters.items() if name != "self"}
+    if missing := [name for name, field in fields.items() if not isinstance(field, FieldInfo)]:
+        raise TypeError(f"predict.py: {missing[0]} has no Input(...)")
+    properties = {name: _property(name, hints[name], field, n) for n, (name, field) in enumerate(fields.items())}
+    required = [name for name, schema in properties.items() if not {"default", "nullable"} & schema.keys()]
     return {
-        "Input": {"title": "Input", "type": "object", "properties": properties, "required": required},
-        **choices,
+        "Input": {"properties": properties, "required": required, "title": "Input", "type": "object"},
+        "Output": {"items": JSON_TYPES[typing.get_args(hints["return"])[0]], "title": "Output", "type": "array"},
+        **{name: _enumeration(name, field.choices) for name, field in fields.items() if field.choices},
     }
 
 
 def _property(name: str, hint: Any, field: FieldInfo, order: int) -> dict[str, Any]:
     plain = next((part for part in typing.get_args(hint) if part is not type(None)), hint)
-    described: dict[str, Any] = {"x-order": order}
-    if field.description is not None:
-        described["description"] = field.description
-    if field.default is not None:
-        described["default"] = field.default
+    described = {"description": field.description, "default": field.default, "x-order": order}
+    kind: dict[str, Any]
     if field.choices:
-        return {"allOf": [{"$ref": f"#/components/schemas/{name}"}], **described}
-    bounds = {"minimum": field.ge, "maximum": field.le}
-    given = {key: bound for key, bound in bounds.items() if bound is not None}
-    return {**JSON_TYPES[plain], "title": name.replace("_", " ").title(), **given, **described}
+        kind = {"allOf": [{"$ref": f"#/components/schemas/{name}"}]}
+    else:
+        optional = {"nullable": True} if plain is not hint else {}
+        kind = {**JSON_TYPES[plain], "title": name.replace("_", " ").title(), **optional}
+    present = {**kind, **described, "minimum": field.ge, "maximum": field.le}
+    return {key: value for key, value in sorted(present.items()) if value is not None}
+
+
+def _enumeration(name: str, choices: list[Any]) -> dict[str, Any]:
+    return {"description": "An enumeration.", "enum": choices, "title": name, "type": "string"}
 
 
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the predictor's HTTP API."""
     from predict import Predictor
 
-    schemas = {**input_schemas(Predictor.predict), **_API_SCHEMAS}
-    return {
-        "openapi": "3.0.2",
-        "info": {"title": "Cog", "version": "0.1.0"},
-        "paths": _paths(),
-        "components": {"schemas": schemas},
-    }
-
-
-_URI_LIST = {"title": "Output", "type": "array", "items": {"type": "string", "format": "uri"}}
-_RESPONSE_FIELDS: dict[str, Any] = {
-    "id": {"type": "string"},
-    "status": {"type": "string", "enum": ["starting", "processing", "succeeded", "canceled", "failed"]},
-    "output": {"$ref": "#/components/schemas/Output"},
-    "error": {"type": "string"},
-    "logs": {"type": "string"},
-    "metrics": {"type": "object", "additionalProperties": True},
-}
-_API_SCHEMAS: dict[str, Any] = {
-    "Output": _URI_LIST,
-    "PredictionRequest": {
-        "title": "PredictionRequest",
-        "type": "object",
-        "properties": {
-            "id": {"type": "string"},
-            "input": {"$ref": "#/components/schemas/Input"},
-            "webhook": {"type": "string", "format": "uri"},
-            "webhook_events_filter": {"type": "array", "items": {"type": "string"}},
-        },
-    },
-    "PredictionResponse": {"title": "PredictionResponse", "type": "object", "properties": _RESPONSE_FIELDS},
-    "ValidationError": {
-        "title": "ValidationError",
-        "type": "object",
-        "properties": {"detail": {"type": "array", "items": {"type": "object"}}},
-    },
-}
-
-
-def _paths() -> dict[str, Any]:
-    def answer(name: str) -> dict[str, Any]:
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
-        return {"description": name, "content": content}
-
-    body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/PredictionRequest"}}}}
-    responses = {"200": answer("PredictionResponse"), "422": answer("ValidationError")}
-    identifier = {"in": "path", "name": "prediction_id", "required": True, "schema": {"type": "string"}}
-    plain = {"description": "Successful Response"}
-    return {
-        "/health-check": {"get": {"summary": "Healthcheck", "responses": {"200": plain}}},
-        "/predictions": {"post": {"summary": "Predict", "requestBody": body, "responses": responses}},
-        "/predictions/{prediction_id}": {
-            "put": {
-                "summary": "Predict Idempotent",
-                "parameters": [identifier],
-                "requestBody": body,
-                "responses": responses,
-            }
-        },
-        "/predictions/{prediction_id}/cancel": {
-            "post": {"summary": "Cancel", "parameters": [identifier], "responses": {"200": plain}}
-        },
-    }
+    document: dict[str, Any] = json.loads(FRAME.read_text())
+    components = document["components"]
+    components["schemas"] = {**predictor_schemas(Predictor.predict), **components["schemas"]}
+    return document
 
 
 def write_schema(path: Path = SCHEMA_FILE) -> Path:
@@ -143,5 +79,12 @@ def write_schema(path: Path = SCHEMA_FILE) -> Path:
     return path
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line: it has no options but --help."""
+    written = f"Write the predictor's OpenAPI document to {SCHEMA_FILE.relative_to(PROJECT)}, as `cog build` does."
+    argparse.ArgumentParser(prog="script/schema", description=written).parse_args()
     print(f"wrote {write_schema().relative_to(PROJECT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,14 +25,14 @@ def is_literal(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) or (isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant))
 
 
-def plain_type(annotation: ast.expr) -> tuple[str, bool]:
-    """Return the type's name and whether it is Optional[...]; the parser knows no other form."""
+def plain_type(annotation: ast.expr) -> str:
+    """Return the type's name, without Optional[...]; the parser knows no other form."""
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
         assert annotation.value.id == "Optional"
         assert isinstance(annotation.slice, ast.Name)
-        return annotation.slice.id, True
+        return annotation.slice.id
     assert isinstance(annotation, ast.Name)
-    return annotation.id, False
+    return annotation.id
 
 
 def faults(source: str) -> list[str]:
@@ -47,7 +47,7 @@ def faults(source: str) -> list[str]:
         if argument.annotation is None:
             found.append(f"{name}: no annotation")
             continue
-        kind, optional = plain_type(argument.annotation)
+        kind = plain_type(argument.annotation)
         if kind not in PLAIN:
             found.append(f"{name}: type {kind}")
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Input"):
@@ -60,8 +60,8 @@ def faults(source: str) -> list[str]:
                 found.append(f"{name}: {keyword.arg} is not a literal")
             elif keyword.arg == "description" and _is_joined(source, keyword.value):
                 found.append(f"{name}: the description is not one plain string")
-            elif keyword.arg == "default" and not optional and ast.literal_eval(keyword.value) is None:
-                found.append(f"{name}: default None with a bare type becomes required")
+            elif keyword.arg == "default" and ast.literal_eval(keyword.value) is None:
+                found.append(f"{name}: default=None is published as a default, or makes a bare type required")
     return found
 
 
@@ -91,6 +91,7 @@ HEAD = "class P:\n    def predict(self, "
     "argument",
     [
         "a: int = Input(default=None)",
+        "a: Optional[int] = Input(default=None)",
         "a: int = Input(5)",
         "a: int = Input(default=FIVE)",
         "a: str = Input(default='x', choices=('x', 'y'))",

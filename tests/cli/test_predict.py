@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from cli.predict import name_value, parse_inputs
-from cli.schema import input_schemas
+from cli.schema import predictor_schemas
 from errors import InputError
 from predict import Predictor
 from tests.paths import PROJECT
 
-SCHEMAS = input_schemas(Predictor.predict)
+SCHEMAS = predictor_schemas(Predictor.predict)
 SMALL = ["-i", "aspect_ratio=custom", "-i", "width=256", "-i", "height=256", "-i", "num_inference_steps=2"]
 
 
