@@ -41,8 +41,8 @@ class Predictor(BasePredictor):
         configure_logging()
         started = time.monotonic()
         settings = Settings.from_env(os.environ)
-        import torch  # imported here: it takes seconds, and configure_logging must run first
-
+        # imported here: torch takes seconds, and configure_logging must run first
+        from engine.device import choose_device
         from engine.hub import fetch_profiles
         from engine.profiles import choose_profile, model_profiles
         from engine.start import start_engine
@@ -50,8 +50,8 @@ class Predictor(BasePredictor):
         from lora_loading.reading.adapter_cache import AdapterCache
         from safety.load import choose_checker, load_checker
 
-        profile, reason = choose_profile(settings, torch.cuda.is_available())
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(settings.profile)
+        profile, reason = choose_profile(settings, device.type == "cuda")
         logger.info("profile %s on %s: %s", profile, device, reason)
         checker, reason = choose_checker(settings.safety, profile)
         logger.info("safety checker %s: %s", checker, reason)

@@ -31,6 +31,12 @@ def test_the_image_has_the_cog_that_the_tests_ran_with() -> None:
     assert COG["build"]["sdk_version"] == PINS["cog"] == PINS["coglet"]
 
 
+def test_the_image_has_the_cuda_that_the_pinned_torch_is_built_for() -> None:
+    """PyPI's torch 2.13.0 has no other build than the one for CUDA 13.0."""
+    assert PINS["torch"] == "2.13.0"
+    assert COG["build"]["cuda"] == "13.0"
+
+
 def test_every_requirement_is_pinned() -> None:
     assert all(re.fullmatch(r"[\w.]+", version) for version in PINS.values())
 
