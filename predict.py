@@ -234,7 +234,7 @@ class Predictor(BasePredictor):
     ) -> "List[Tuple[LoraAdapter, float]]":
         """Fetch every LoRA of the request and check it against the model; return the adapters and their scales."""
         tokens = Tokens(revealed(hf_api_token), revealed(civitai_api_token))
-        shapes = self.engine.exact.adapters[request.model].shapes
+        shapes = self.engine.shapes(request.model)
         stack, facts = [], []
         for reference, scale in request.loras:
             with self.loras.open(reference, tokens) as file:

@@ -1,1 +1,1 @@
-"""FLUX.1 itself: where its parts come from, and how they turn a request into images."""
+"""Load the FLUX.1 models, place them in memory, and generate images in both precisions."""

@@ -1,7 +1,7 @@
-"""Turn a request into images with the loaded models. Knows no inputs, files or safety.
+"""Turn a request into images with the loaded models. Knows nothing of Cog's inputs, files or the safety checker.
 
-Images are made one after another, each from a generator of its own: an image then depends on its seed alone and
-not on how many were asked for, and the first one is ready as early as if it were the only one.
+The images of a request are generated one after another, each with its own random generator. So an image depends on its
+seed and not on `num_outputs`, and the first image is ready as early as if it were the only one.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from engine.precision import Precision
 from errors import ModelError
 from images import composite
 from lora_loading.applying.manager import AdapterManager, Stack
-from lora_loading.shapes import CLIP, T5
+from lora_loading.shapes import CLIP, T5, ModelShapes
 from request import GenerationRequest, Mode
 
 logger = logging.getLogger(__name__)
 
 EVERYTHING_ON_THE_DEVICE = LAYOUTS[0]
 PROMPTS_KEPT = 32
-"""Encoded prompts in the device's memory: 4 MB each for FLUX.1 [dev]."""
+"""How many encoded prompts are kept on the device: 4 MB each for FLUX.1 [dev]."""
 
 
 class Engine:
-    """The loaded models in their precisions, and the one way to use them."""
+    """The loaded models in both precisions."""
 
     def __init__(
         self, exact: Precision, fast: Precision | None, device: torch.device, layout: Layout = EVERYTHING_ON_THE_DEVICE
     ) -> None:
-        """Take the models over.
+        """Keep the models; nothing is moved or computed.
 
         Args:
             exact: the models in their original precision.
-            fast: the same in fp8; None where the device can't, and then `go_fast` runs exact and the log says so.
-            device: where they run.
-            layout: where the parts are, and which precisions are served; another one is replaced by one that is.
+            fast: the models in fp8. None where fp8 does not work: `go_fast` then runs exact, with a line in the log.
+            device: where the models run.
+            layout: device placement and served precisions; a request for an unserved precision runs in the served one.
         """
         self.exact = exact
         self.fast = fast
@@ -55,16 +55,20 @@ class Engine:
         self._layout = layout
         self._prompts: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
+    def shapes(self, model: str) -> ModelShapes:
+        """The layer shapes that an adapter for this model must fit, for `read_adapter`."""
+        return self.exact.adapters[model].shapes
+
     def generate(self, request: GenerationRequest, stack: Stack = ()) -> Iterator[Image.Image]:
         """Yield `request.num_outputs` RGB images of `request.size`, in order.
 
         Args:
-            request: what to make.
-            stack: the adapters to make it with, read for the model's shapes (see `Precision.adapters`), and their
-                strengths as the request has them.
+            request: a complete request.
+            stack: the request's adapters, read for `shapes(request.model)`, with their scales; go_fast's gain is
+                applied here.
 
         Raises:
-            ModelError: the model's numbers are not finite, or the device's memory does not suffice.
+            ModelError: the result has values that are not finite, or the device ran out of memory twice.
         """
         if request.image is not None and denoising_steps(request) == 0:
             yield from (request.image.copy() for _ in range(request.num_outputs))
@@ -73,9 +77,9 @@ class Engine:
         model = precision.models[request.model]
         pipeline = model.pipelines[request.mode]
         gain = precision.lora_gain if request.go_fast else 1.0
-        stack = [(adapter, strength * gain) for adapter, strength in stack]
+        stack = [(adapter, scale * gain) for adapter, scale in stack]
         prompt_embeds, pooled = retry_on_oom(lambda: self._prepared(precision, model, stack, request), request.size)
-        with self._at_hand(precision, pipeline.transformer):
+        with self._on_device(precision, pipeline.transformer):
             for index in range(request.num_outputs):
                 make = partial(self._denoise, pipeline, model, request, index, prompt_embeds, pooled)
                 image = retry_on_oom(make, request.size)
@@ -85,30 +89,30 @@ class Engine:
 
     def _precision(self, request: GenerationRequest) -> Precision:
         if request.go_fast and self.fast is None:
-            logger.warning("go_fast: this device has no use of fp8, so the original precision is used")
+            logger.warning("go_fast: fp8 does not work on this device, so the original precision is used")
         if not request.go_fast and self.fast is not None and EXACT not in self._layout.precisions:
-            logger.warning("the original precision does not fit this device, so fp8 is used")
+            logger.warning("the original precision does not fit into this device's memory, so fp8 is used")
             return self.fast
         return self.fast if request.go_fast and self.fast is not None else self.exact
 
     def _prepared(
         self, precision: Precision, model: Model, stack: Stack, request: GenerationRequest
     ) -> tuple[Tensor, Tensor]:
-        """Have the models carry the stack; the encoded prompt."""
+        """Apply the adapters, then encode the prompt with them; returns what `_encoded` returns."""
         if precision is self.exact and self.fast is not None and self._layout.working_copy is Placement.ON_DEMAND:
             self.fast.release()
         adapters = precision.adapters[request.model]
         adapters.apply(stack)
         return self._encoded(model, adapters, request.prompt)
 
-    def _at_hand(self, precision: Precision, transformer: nn.Module) -> AbstractContextManager[None]:
-        """Have the transformer on the device; fp8 ones always are."""
+    def _on_device(self, precision: Precision, transformer: nn.Module) -> AbstractContextManager[None]:
+        """Within, the transformer is on the device; the working copy's transformers always are."""
         away = precision is self.exact and self._layout.pristine is Placement.ON_DEMAND
         return moved_to_device([transformer] if away else [], self._device)
 
     @torch.inference_mode()
     def _encoded(self, model: Model, adapters: AdapterManager, prompt: str) -> tuple[Tensor, Tensor]:
-        """The prompt's T5 states (1, tokens, width) and pooled CLIP vector (1, width), kept for the next request."""
+        """The prompt's T5 states (1, tokens, width) and pooled CLIP vector (1, width), cached by prompt and adapter."""
         pipeline = model.pipelines[Mode.TXT2IMG]
         limit = model.profile.max_prompt_tokens
         for_clip, for_t5 = adapters.prompt(CLIP, prompt), adapters.prompt(T5, prompt)
@@ -159,7 +163,7 @@ class Engine:
 
 
 def denoising_steps(request: GenerationRequest) -> int:
-    """How many steps the pipelines will take: strength takes the last part of them, rounded up."""
+    """How many steps the pipelines take: `num_inference_steps * strength`, rounded up, as diffusers rounds it."""
     steps = request.num_inference_steps
     return steps - int(max(steps - min(steps * request.strength, steps), 0))
 
@@ -171,6 +175,6 @@ def _to_image(pixels: Tensor) -> Image.Image:
         ModelError: a value is not finite.
     """
     if not torch.isfinite(pixels).all():
-        raise ModelError("The model's result holds numbers that are not finite. Try another seed or fewer changes.")
+        raise ModelError("The model's result has values that are not finite. Try another seed, or lower LoRA scales.")
     values = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())

@@ -1,6 +1,6 @@
-"""Weights in fp8 with a scale a row: how they are quantised, and which scheme a device can multiply with.
+"""fp8 weights with one scale per row: how a weight is quantised, and which scheme works on a device.
 
-Knows one matrix at a time: no models, no adapters.
+Knows single matrices only: no models, no adapters.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torchao.quantization import (
 logger = logging.getLogger(__name__)
 
 FP8_MULTIPLE = 16
-"""Both sides of a matrix must be multiples of this for the fp8 kernels."""
+"""The fp8 kernels need both sides of a matrix to be multiples of this."""
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 FP8_COMPUTE = (8, 9)
-"""The CUDA compute capability from which on matrices are multiplied in fp8."""
+"""The lowest CUDA compute capability that multiplies matrices in fp8."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to hold weights in fp8, with a scale a row, and to multiply with them."""
+    """A way to store weights in fp8, one scale per row, and to multiply with them."""
 
     name: str
     config: Float8DynamicActivationFloat8WeightConfig | Float8WeightOnlyConfig
 
     def quantise(self, weight: Tensor) -> Float8Tensor:
-        """(out, in) -> the same in fp8, in a new tensor of a type that multiplies by this scheme."""
+        """(out, in) in any float type -> a new fp8 tensor that multiplies by this scheme."""
         holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         holder.weight = nn.Parameter(weight, requires_grad=False)
         quantize_(holder, self.config)
@@ -45,29 +45,29 @@ class Scheme:
 
 
 def write_fp8(target: Float8Tensor, weight: Tensor) -> None:
-    """Write the numbers of a weight, (out, in), into a tensor in fp8: torchao's bits, in a fifth of its host time.
+    """Quantise `weight`, (out, in), into an existing fp8 tensor: the same bits as torchao, in a fifth of its host time.
 
-    Worked out in float32. Rounding the sum of a weight and a small change to bf16 on the way would lose a part of the
-    change: one of 0.3% of the weight keeps 0.92 of itself, and 1.00 without.
+    Pass the sum of a weight and its LoRAs in float32: rounding it to bf16 first loses a part of a small change (of a
+    change of 0.3% of the weight, 0.92 is kept; without the rounding 1.00).
     """
     weight = weight.float()
     scale = torch.linalg.vector_norm(weight, ord=math.inf, dim=1, keepdim=True) / FP8_MAX
     target.scale.copy_(scale)
-    target.qdata.copy_(weight / scale.clamp(min=torch.finfo(torch.float32).tiny))  # a row of zeros has a scale of 0
+    target.qdata.copy_(weight / scale.clamp(min=torch.finfo(torch.float32).tiny))  # a row of zeros: 0 / tiny
 
 
 DYNAMIC = Scheme(
-    "fp8 weights and activations, a scale a row",
+    "fp8 weights and activations, one scale per row",
     Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False),
 )
 WEIGHT_ONLY = Scheme(
-    "fp8 weights alone, a scale a row: less memory, no faster arithmetic",
+    "fp8 weights only, one scale per row: less memory, not faster",
     Float8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False),
 )
 
 
 def choose_scheme(device: torch.device) -> Scheme | None:
-    """The best scheme that works on the device, tried out on a small layer; None where none does."""
+    """The best scheme that works on the device, tried on a small layer; None if none works."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_COMPUTE
     for scheme in (DYNAMIC, WEIGHT_ONLY) if able else (WEIGHT_ONLY,):
         try:
@@ -87,4 +87,4 @@ def _try_out(scheme: Scheme, device: torch.device) -> None:
     for given in (states, states[:1]):
         exact, found = given @ weight.T, nn.functional.linear(given, quantised)
         if not (exact - found).norm() < 0.1 * exact.norm():
-            raise ArithmeticError("a product is more than 10% off")
+            raise ArithmeticError("a product in fp8 differs from the exact one by more than 10%")

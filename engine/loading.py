@@ -1,4 +1,4 @@
-"""Load a profile's parts and put the pipelines together. Knows diffusers' classes; nothing of requests' rules."""
+"""Load a profile's models from local folders and build the diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PIPELINES: Mapping[Mode, type[DiffusionPipeline]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """One model ready to run: a pipeline a mode, all over the same weights, each with a scheduler of its own."""
+    """One loaded model: one pipeline per mode, all over the same weights, each with its own scheduler."""
 
     profile: ModelProfile
     pipelines: Mapping[Mode, DiffusionPipeline]
@@ -46,13 +46,13 @@ def load_models(
     transformers_at: torch.device | None = None,
     text_encoders_at: torch.device | None = None,
 ) -> dict[str, Model]:
-    """Load every model of a profile, shared parts once.
+    """Load all models of a profile by name; text encoders, tokenizers and VAE are loaded once for all of them.
 
     Args:
         profiles: their sources are local folders.
         device: where the models run: in bf16 on CUDA, in float32 elsewhere.
-        transformers_at: where the transformers are loaded to, if not to the device.
-        text_encoders_at: where the text encoders are.
+        transformers_at: where the transformers are loaded; None for `device`.
+        text_encoders_at: where the text encoders are loaded; None for `device`.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shared: dict[str, dict[str, Any]] = {}
@@ -83,9 +83,9 @@ def _load_shared(
 
 
 def _loaded(kind: Any, source: str, part: str, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    """A part's module on the device, frozen, from safetensors.
+    """A frozen module from safetensors, on the device.
 
-    Straight to a GPU, not by way of the host: 1.09 s instead of 4.86 s for FLUX's transformer (published figures).
+    Loaded straight to a GPU, not through host memory: published figures for FLUX's transformer are 1.09 s and 4.86 s.
     """
     straight = device if device.type == "cuda" else None
     typed = {"torch_dtype" if kind in (AutoModel, FluxTransformer2DModel) else "dtype": dtype}
@@ -94,7 +94,7 @@ def _loaded(kind: Any, source: str, part: str, device: torch.device, dtype: torc
 
 
 def pipelines_over(transformer: FluxTransformer2DModel, parts: Mapping[str, Any]) -> dict[Mode, DiffusionPipeline]:
-    """The pipelines over a transformer and the other parts, by their names in diffusers; a scheduler for each."""
+    """A pipeline per mode over a transformer and the other components, named as in diffusers; with new schedulers."""
     own = {name: part for name, part in parts.items() if name not in ("transformer", "scheduler")}
     return {
         mode: pipeline(

@@ -1,15 +1,15 @@
-"""Decide from sizes alone what of a profile lives on the device, what in host memory, and which precisions that serves.
+"""Decide from sizes alone what is placed on the device and what in host memory, and which precisions are served.
 
-FLUX.1 [dev] and [schnell] in their original precision take 47.6 GB, the fp8 copy that both share 12.1 GB, the text
-encoders 9.8 GB and the VAE 0.2 GB; an image of 1440x1440 takes 4.2 GB more while it is decoded. `LAYOUTS` says how that
-is laid out, best first, and the first row that fits is the plan. A row needs room for what stays on the device, and
-beside it for the larger of two moments, with what has to come in for each: a prompt is encoded, or an image is made.
+FLUX.1 [dev] and [schnell] take 47.6 GB in their original precision, the fp8 copy that both share 12.1 GB, the text
+encoders 9.8 GB and the VAE 0.2 GB; decoding an image of 1440x1440 takes 4.2 GB more. `LAYOUTS` lists the ways to place
+them, best first, and the first one that fits is the plan. A layout needs memory for what stays on the device, and for
+the larger of two phases with the parts that each phase moves in: encoding a prompt, and generating an image.
 
-Where fp8 saves memory but no time (weight-only, below compute capability 8.9) the rows are the same: `go_fast` stays a
-precision of its own, which merges LoRAs, and a small card serves nothing but fp8. Where fp8 does not work at all, what
-needs it falls away.
+Where fp8 saves memory but not time (weight-only, below compute capability 8.9) the layouts are the same: `go_fast`
+still runs in fp8 with LoRAs merged, and a small card serves fp8 only. Where fp8 does not work, the working copy has
+size 0 and `fast` is not served.
 
-Knows no device: the memory is a number, the models are modules without weights. Moves nothing.
+Knows no device: memory is a number, models are modules without weights. Moves nothing.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ BF16_BYTES = 2
 SCALE_BYTES = 4
 LARGEST = Size(MAX_SIDE, MAX_SIDE)
 RESERVE_BYTES = 1_500_000_000
-"""CUDA's context (0.5 GB), the libraries' workspaces (0.3 GB), and what fragmentation costs."""
+"""CUDA's context (0.5 GB), the libraries' workspaces (0.3 GB), and fragmentation."""
 EXACT, FAST = "exact", "fast"
 
 
 class Placement(Enum):
-    """Where a part lives."""
+    """Where a part is placed."""
 
     DEVICE = "on the device"
     ON_DEMAND = "in host memory, on the device while in use"
@@ -51,25 +51,25 @@ class Placement(Enum):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of everything that wants to be on the device."""
+    """Bytes of everything that needs memory on the device."""
 
     pristine: tuple[int, ...]
     """Each model's transformer in bf16."""
     working_copy: int
-    """The fp8 copy of the blocks that all models share, and each model's other layers; 0 where fp8 does not work."""
+    """The fp8 copy of the blocks, shared by all models, and each model's other layers; 0 where fp8 does not work."""
     adapters: int
-    """LoRAs beside one pristine transformer; the working copy has them merged."""
+    """LoRA factors beside one transformer in its original precision; in the working copy they are merged."""
     text_encoders: int
     vae: int
     checker: int
     """The safety checker's weights."""
     activations: int
-    """The most that is alive besides weights while an image is made: see `activation_bytes`."""
+    """The most that is allocated besides weights while an image is generated: see `activation_bytes`."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to lay the parts out. The VAE and the checker stay on the device in all of them."""
+    """One way to place the parts. The VAE and the checker are on the device in every layout."""
 
     name: str
     pristine: Placement
@@ -94,84 +94,85 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What lives where. Its text is one line for the log."""
+    """The chosen layout with its numbers. `str()` is one line for the log."""
 
-    row: Layout
+    layout: Layout
     sizes: Sizes
     precisions: tuple[str, ...]
-    """What is served; a request for another precision gets the one that is."""
+    """The served precisions; a request for another one runs in the served one."""
     needed_bytes: int
-    """Of the device at the most."""
+    """The most that is used on the device at any time."""
     device_bytes: int | None
-    """What the device has; None where that is no limit."""
+    """The device's memory; None for no limit."""
     reason: str
-    """Why no better row is taken."""
+    """Why no better layout was chosen."""
 
     @property
     def host_bytes(self) -> int:
-        """What has to fit into the host's memory."""
-        return sum(size for _, home, size in movable_parts(self.row, self.sizes) if home is not Placement.DEVICE)
+        """The host memory that the layout needs."""
+        parts = movable_parts(self.layout, self.sizes)
+        return sum(size for _, placement, size in parts if placement is not Placement.DEVICE)
 
     def __str__(self) -> str:
-        sizes, row = self.sizes, self.row
-        there = "without limit" if self.device_bytes is None else f"of {_gigabytes(self.device_bytes)}"
+        sizes, layout = self.sizes, self.layout
+        limit = "without limit" if self.device_bytes is None else f"of {_gigabytes(self.device_bytes)}"
         parts = [
-            *(f"{name} {_gigabytes(size)} {home.value}" for name, home, size in movable_parts(row, sizes)),
+            *(f"{name} {_gigabytes(size)} {where.value}" for name, where, size in movable_parts(layout, sizes)),
             f"VAE {_gigabytes(sizes.vae)}, checker {_gigabytes(sizes.checker)}",
             f"LoRAs {_gigabytes(sizes.adapters)}, activations {_gigabytes(sizes.activations)}",
             f"reserve {_gigabytes(RESERVE_BYTES)}",
         ]
         return (
-            f"{row.name} ({self.reason}): at most {_gigabytes(self.needed_bytes)} {there}, "
+            f"{layout.name} ({self.reason}): at most {_gigabytes(self.needed_bytes)} {limit}, "
             f"{_gigabytes(self.host_bytes)} of host memory; serves {' and '.join(self.precisions)}; {'; '.join(parts)}"
         )
 
 
-def plan_residency(sizes: Sizes, device_bytes: int | None) -> Plan:
-    """The best row that fits.
+def plan_memory(sizes: Sizes, device_bytes: int | None) -> Plan:
+    """The best layout that fits.
 
     Args:
         sizes: of the parts.
-        device_bytes: the device's whole memory; None for a CPU, where the host's memory is the device's.
+        device_bytes: the device's whole memory; None for a CPU, where no limit is checked.
 
     Raises:
-        SettingsError: no row fits.
+        SettingsError: no layout fits.
     """
     needs: list[int] = []
-    for row in LAYOUTS:
-        precisions = tuple(p for p in row.precisions if p != FAST or sizes.working_copy)
+    for layout in LAYOUTS:
+        precisions = tuple(p for p in layout.precisions if p != FAST or sizes.working_copy)
         if not precisions:
             continue
-        needed = needed_bytes(row, sizes)
+        needed = needed_bytes(layout, sizes)
         if device_bytes is None or needed <= device_bytes:
-            reason = f"the next better needs {_gigabytes(needs[-1])}" if needs else "it fits"
-            return Plan(row, sizes, precisions, needed, device_bytes, reason)
+            reason = f"the next better layout needs {_gigabytes(needs[-1])}" if needs else "it fits"
+            return Plan(layout, sizes, precisions, needed, device_bytes, reason)
         needs.append(needed)
     raise SettingsError(
-        f"The profile's models need a device with {_gigabytes(min(needs))} of memory at least, for images up to "
+        f"The profile's models need a device with at least {_gigabytes(min(needs))} of memory for images up to "
         f"{LARGEST.width}x{LARGEST.height}; this one has {_gigabytes(device_bytes or 0)}. "
         "Use a larger device, or set FLUX_PROFILE to tiny."
     )
 
 
-def movable_parts(row: Layout, sizes: Sizes) -> list[tuple[str, Placement, int]]:
-    """Name, home and bytes of the parts whose homes differ between the rows; of those only that there are."""
+def movable_parts(layout: Layout, sizes: Sizes) -> list[tuple[str, Placement, int]]:
+    """Name, placement and bytes of the parts that layouts place differently; parts of size 0 are left out."""
     parts = (
-        ("transformers", row.pristine, sum(sizes.pristine)),
-        ("fp8 copy", row.working_copy, sizes.working_copy),
-        ("text encoders", row.text_encoders, sizes.text_encoders),
+        ("transformers", layout.pristine, sum(sizes.pristine)),
+        ("fp8 copy", layout.working_copy, sizes.working_copy),
+        ("text encoders", layout.text_encoders, sizes.text_encoders),
     )
     return [part for part in parts if part[2]]
 
 
-def needed_bytes(row: Layout, sizes: Sizes) -> int:
-    """The most that a row has on the device at any time."""
-    staying = sum(size for _, home, size in movable_parts(row, sizes) if home is Placement.DEVICE)
+def needed_bytes(layout: Layout, sizes: Sizes) -> int:
+    """The most that a layout has on the device at any time."""
+    staying = sum(size for _, placement, size in movable_parts(layout, sizes) if placement is Placement.DEVICE)
     staying += sizes.vae + sizes.checker + RESERVE_BYTES
-    exact = max(sizes.pristine) if row.pristine is Placement.ON_DEMAND else 0
-    fast = sizes.working_copy if row.working_copy is Placement.ON_DEMAND else 0
-    beside = sizes.adapters if EXACT in row.precisions else 0
-    encoding = sizes.text_encoders if row.text_encoders is Placement.ON_DEMAND else 0
+    exact = max(sizes.pristine) if layout.pristine is Placement.ON_DEMAND else 0
+    fast = sizes.working_copy if layout.working_copy is Placement.ON_DEMAND else 0
+    beside = sizes.adapters if EXACT in layout.precisions else 0
+    encoding = sizes.text_encoders if layout.text_encoders is Placement.ON_DEMAND else 0
     return staying + max(encoding, max(exact + beside, fast) + sizes.activations)
 
 
@@ -182,9 +183,9 @@ def profile_sizes(profiles: Sequence[ModelProfile], fp8: bool, checker_bytes: in
     """The sizes of a profile's parts, from their configs.
 
     Args:
-        profiles: their sources are local folders, of which the configs are read.
-        fp8: whether the device has a use of fp8, be it to compute with or to store.
-        checker_bytes: what the safety checker has on the device.
+        profiles: their sources are local folders; only the configs in them are read.
+        fp8: whether fp8 works on the device, for computing or for storage alone.
+        checker_bytes: the memory that the safety checker uses on the device.
     """
     shared = profiles[0].shared_source
     with torch.device("meta"):
@@ -222,9 +223,9 @@ def sizes_of(
 
 
 def working_copy_bytes(transformers: Sequence[nn.Module]) -> int:
-    """The fp8 copy: of the blocks, each large weight 1 byte a number and a float32 scale a row; the rest bf16.
+    """The fp8 copy: large weights of the blocks take 1 byte per value and a float32 scale per row, the rest is bf16.
 
-    The blocks are there once; the embedders, the last norm and the last projection for each model.
+    The blocks exist once; the embedders, the last norm and the last projection once per model.
     """
     blocks = [block for name in BLOCKS for block in transformers[0].get_submodule(name).modules()]
     saved = sum(_saved_by_fp8(layer) for layer in blocks if isinstance(layer, nn.Linear))
@@ -242,22 +243,22 @@ def _saved_by_fp8(layer: nn.Linear) -> int:
 
 
 def adapter_bytes(transformer: nn.Module, rank: int) -> int:
-    """LoRA factors of this rank beside every linear layer of the blocks, in bf16: rank * (in + out) numbers each."""
+    """LoRA factors of this rank for every linear layer of the blocks, in bf16: rank * (in + out) values each."""
     layers = [layer for name in BLOCKS for layer in transformer.get_submodule(name).modules()]
     return sum(BF16_BYTES * rank * sum(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 
 
 def activation_bytes(transformer: FluxTransformer2DModel, vae: ModelMixin, size: Size, text_tokens: int) -> int:
-    """The most that is alive besides weights while one image is made, one at a time: the larger of two moments.
+    """The most that is allocated besides weights while one image is generated: the larger of two peaks.
 
-    A block of the transformer, in units of its states, (tokens, width) in bf16. Before its last product, a single block
-    holds the states (1), the attention's result (1), the MLP's (4) and both joined (5). Quantised a row at a time
-    without a compiler, what is joined exists in float32 twice (20) and once in fp8 (2.5), and the product adds 1:
-    under 40, where an fp8 run that is compiled has about 15. The attention's scores never exist as a whole.
+    Transformer: the unit is a block's states, (tokens, width) in bf16. Before its last product a single block holds the
+    states (1), the attention's output (1), the MLP's (4) and both joined (5). Without a compiler, quantising the joined
+    tensor makes two float32 copies (20) and one in fp8 (2.5), and the product adds 1: under 40 in all. A compiled fp8
+    block holds about 15. The attention scores are never stored as a whole.
 
-    The VAE's last block, in units of its widest map in full size, (channels, height, width) in bf16, with the channels
-    of the block before: the first convolution has its input, what it keeps for the sum, a copy of the input in
-    the convolution's own layout, and results of half the channels: 4. Encoding has half as many channels.
+    VAE: the unit is the widest full-size feature map of the last block, (channels, height, width) in bf16, with the
+    channels of the block before. Its first convolution holds its input, the residual, a copy of the input in the
+    convolution's layout, and outputs of half the channels: 4. Encoding has half as many channels.
     """
     tokens = (size.width // MULTIPLE) * (size.height // MULTIPLE) + text_tokens
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim

@@ -1,4 +1,4 @@
-"""Bring modules from host memory to the device for as long as they are in use. Knows no models and decides nothing."""
+"""Move modules from host memory to the device while they are in use. Knows no models and decides nothing."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor, nn
 
 @contextmanager
 def moved_to_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within, the modules' parameters and buffers are on the device; afterwards they are the very ones from before.
+    """Within, the modules' parameters and buffers are on the device; afterwards the original tensors are back in place.
 
-    Nothing is copied back, so what is written to them within is lost. Modules that are there already stay untouched.
+    Nothing is copied back: what is written to the tensors within is lost. Tensors that are on the device already stay.
     """
-    homes: list[tuple[dict[str, Any], str, Tensor]] = []
-    guests: dict[int, Tensor] = {}
+    originals: list[tuple[dict[str, Any], str, Tensor]] = []
+    copies: dict[int, Tensor] = {}
     try:
-        with torch.inference_mode(False):  # tensors of that mode are no parameters
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be parameters
             for table, name, tensor in _tensors(modules):
                 if tensor.device != device:
-                    homes.append((table, name, tensor))
-                    if id(tensor) not in guests:
-                        guests[id(tensor)] = _copied(tensor, device)
-                    table[name] = guests[id(tensor)]
-        guests.clear()
+                    originals.append((table, name, tensor))
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = _copied(tensor, device)
+                    table[name] = copies[id(tensor)]
+        copies.clear()
         yield
     finally:
-        for table, name, tensor in homes:
+        for table, name, tensor in originals:
             table[name] = tensor
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Every tensor, with the table of the module that holds it and its name there; one that is shared comes again."""
+    """Every parameter and buffer, with the module's table that holds it and its name; a shared one comes repeatedly."""
     for root in modules:
         for module in root.modules():
             for table in (module._parameters, module._buffers):
@@ -47,6 +47,6 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pin(module: nn.Module) -> None:
-    """Page-lock a module's parameters in host memory, from where they reach a CUDA device several times as fast."""
+    """Move a module's parameters to page-locked host memory: copies to a CUDA device are then several times faster."""
     for parameter in module.parameters():
         parameter.data = parameter.data.pin_memory()

@@ -1,6 +1,6 @@
-"""What happens when the device's memory does not suffice: free what is held for nothing, once more, then say so.
+"""Handle a lack of device memory: free what can be freed, try once more, then raise an error for the user.
 
-Knows no models. A plan of what lives where is `engine.memory_plan`'s.
+Knows no models. What is placed where is decided by `engine.memory_plan`.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ T = TypeVar("T")
 
 
 def retry_on_oom(make: Callable[[], T], size: Size) -> T:
-    """What `make` returns; where the device's memory does not suffice for it, memory is freed and it is called again.
+    """Call `make`; if the device runs out of memory, free memory and call it once more.
 
     Args:
-        make: makes one image, and can be called again: it draws from a generator of its own.
-        size: the image's, for the error.
+        make: generates one image with its own random generator, so that a second call gives the same result.
+        size: the image's size, for the error message.
 
     Raises:
-        ModelError: it does not suffice the second time either; everything that the tries held is freed by then.
+        ModelError: the second call ran out of memory too; everything that both calls held is freed.
     """
     try:
         return make()
     except torch.OutOfMemoryError as error:
-        logger.warning("the device's memory did not suffice, trying once more: %s", _first_line(error))
-    free_memory()  # not above: an exception that is being handled keeps the frames, and with them the tensors, alive
+        logger.warning("out of device memory, trying once more: %s", _first_line(error))
+    free_memory()  # outside `except`: a handled exception keeps its frames, and so their tensors, alive
     try:
         return make()
     except torch.OutOfMemoryError as error:
-        logger.error("the device's memory did not suffice again: %s", _first_line(error))
+        logger.error("out of device memory again: %s", _first_line(error))
     free_memory()
     raise ModelError(
-        f"An image of {size.width}x{size.height} was asked for; the memory of this server's device does not suffice. "
-        "Ask for a smaller image, fewer or smaller LoRAs, or try again later."
+        f"Cannot make an image of {size.width}x{size.height} pixels: the server's device ran out of memory, twice. "
+        "Ask for a smaller image or for fewer or smaller LoRAs, or try again later."
     )
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more: cycles first, then the blocks that CUDA's allocator keeps."""
+    """Collect unreachable objects, then return the unused blocks of CUDA's allocator to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The two precisions: exact, the pristine weights with adapters beside them, and fast, one fp8 working copy of them."""
+"""The two precisions: exact (original weights, adapters beside them) and fast (fp8 working copy, adapters merged)."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from lora_loading.shapes import TRANSFORMER
 from request import Mode
 
 RESERVED_RANK = 64
-"""Of all LoRAs together, for which compiled blocks of the exact models have room, and the device's memory beside them:
-two of the usual ranks."""
+"""The total LoRA rank that compiled exact blocks and the memory plan reserve: two LoRAs of the usual ranks. Stacks of a
+higher rank work, and compile a graph more."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One of the engine's two settings: the same models and pipelines, other numbers inside."""
+    """One setting of the engine: models and pipelines whose transformers hold their weights in one precision."""
 
     models: Mapping[str, Model]
     adapters: Mapping[str, AdapterManager]
-    """What each model carries; a model's pipelines share its modules."""
+    """The adapter manager of each model; a model's pipelines share its modules."""
     lora_gain: float = 1.0
-    """What the strengths of LoRAs are multiplied by."""
+    """The factor that the scales of LoRAs are multiplied by."""
     release: Callable[[], None] = lambda: None
-    """Give the device's memory back that the next `apply` can fill again."""
+    """Free the device memory that the next `apply` can fill again."""
 
 
 def exact_precision(models: Mapping[str, Model], reserved_rank: int = 0) -> Precision:
-    """The models as they were loaded; `reserved_rank` as `adapter_managers` wants it."""
+    """The models as they were loaded; see `adapter_managers` for `reserved_rank`."""
     return Precision(
         models, adapter_managers({n: m.pipelines[Mode.TXT2IMG] for n, m in models.items()}, reserved_rank), 1
     )
 
 
 def fast_precision(exact: Precision, scheme: Scheme, device: torch.device, lora_gain: float) -> Precision:
-    """The same models over one fp8 working copy; text encoders and VAE are shared with `exact`."""
+    """The same models over one fp8 working copy; text encoders, their adapters and the VAE are shared with `exact`."""
     pristine = {name: model.pipelines[Mode.TXT2IMG].transformer for name, model in exact.models.items()}
     working_copy = WorkingCopy(pristine, scheme, device)
     models, adapters = {}, {}

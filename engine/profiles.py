@@ -1,4 +1,4 @@
-"""The model profiles, as rows of a table. Knows settings and folders; loads nothing."""
+"""The models of each profile, as rows of a table. Loads nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TINY = Path(__file__).parent / "tiny"
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """Where one model's parts come from, each a Hub repository or a folder in diffusers layout."""
+    """Where one model's components come from. A source is a Hub repository or a local folder in diffusers layout."""
 
     name: str
     source: str
@@ -20,7 +20,7 @@ class ModelProfile:
     shared_source: str
     """Holds the text encoders, the tokenizers and the VAE, loaded once for all models that name the same."""
     max_prompt_tokens: int
-    """Length that the T5 prompt is padded or cut to; what the model was trained with."""
+    """The length that T5 prompts are padded or cut to, as in the model's training."""
 
 
 def choose_profile(settings: Settings, cuda: bool) -> tuple[str, str]:
@@ -33,14 +33,19 @@ def choose_profile(settings: Settings, cuda: bool) -> tuple[str, str]:
 
 
 def model_profiles(profile: str, settings: Settings) -> tuple[ModelProfile, ...]:
-    """The models of a profile; their names are the choices of the `model` input."""
-    if profile == "full":
-        return (
+    """The models of a profile; a model's name is a choice of the `model` input in predict.py.
+
+    All models of a profile must have blocks of the same widths: go_fast's working copy is shared by them.
+    """
+    tiny_dev, tiny_schnell = str(TINY / "tiny-dev"), str(TINY / "tiny-schnell")
+    rows = {
+        "full": (
             ModelProfile("dev", settings.dev, settings.dev, 512),
             ModelProfile("schnell", settings.schnell, settings.dev, 256),
-        )
-    shared = str(TINY / "tiny-dev")
-    return (
-        ModelProfile("dev", shared, shared, 32),
-        ModelProfile("schnell", str(TINY / "tiny-schnell"), shared, 32),
-    )
+        ),
+        "tiny": (
+            ModelProfile("dev", tiny_dev, tiny_dev, 32),
+            ModelProfile("schnell", tiny_schnell, tiny_dev, 32),
+        ),
+    }
+    return rows[profile]

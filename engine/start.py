@@ -1,4 +1,4 @@
-"""Start the engine of a profile: plan what lives where, load, make the fp8 copy, compile, warm up."""
+"""Start the engine of a profile: plan the memory, load, make the fp8 copy, compile, warm up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, shoul
 from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
 from engine.fp8 import Scheme, choose_scheme
 from engine.loading import Model, load_models
-from engine.memory_plan import EXACT, Layout, Placement, plan_residency, profile_sizes
+from engine.memory_plan import EXACT, Layout, Placement, plan_memory, profile_sizes
 from engine.offload import pin
 from engine.precision import RESERVED_RANK, Precision, exact_precision, fast_precision
 from engine.profiles import ModelProfile
@@ -28,21 +28,21 @@ logger = logging.getLogger(__name__)
 
 HOST = torch.device("cpu")
 GRAPHS = "graphs"
-"""The folder of compiled graphs in the cache folder."""
+"""The name of the folder for compiled graphs, in the cache folder."""
 
 
 def start_engine(profiles: tuple[ModelProfile, ...], settings: Settings, device: torch.device) -> Engine:
-    """The engine of these models, ready for its first request.
+    """Load the models and return an engine that is ready for its first request.
 
-    What is on the device already, such as the safety checker, counts as taken.
+    Memory that is already allocated on the device, such as the safety checker's, is counted in the plan.
 
     Args:
         profiles: their sources are local folders.
-        settings: the operator's.
+        settings: the operator's settings.
         device: where the models run.
 
     Raises:
-        SettingsError: the models do not fit the device.
+        SettingsError: the models do not fit into the device's memory.
     """
     scheme = choose_scheme(device)
     logger.info("go_fast: %s", scheme.name if scheme else "fp8 does not work on this device, so it runs exact")
@@ -64,9 +64,9 @@ def assemble(
     compiling: bool,
     lora_gain: float,
 ) -> Engine:
-    """The engine over loaded models, in both precisions where the device has a scheme for fp8.
+    """Build the engine over loaded models; `scheme` is None where fp8 does not work.
 
-    With `compiling`, blocks are compiled at their first call.
+    With `compiling`, the transformers' blocks are compiled at their first call.
     """
     exact = exact_precision(models, RESERVED_RANK if compiling else 0)
     fast = fast_precision(exact, scheme, device, lora_gain) if scheme else None
@@ -78,12 +78,12 @@ def assemble(
 
 def _layout(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: torch.device) -> Layout:
     cuda = device.type == "cuda"
-    taken = torch.cuda.memory_allocated(device) if cuda else 0
-    sizes = profile_sizes(profiles, fp8=scheme is not None, checker_bytes=taken)
-    plan = plan_residency(sizes, torch.cuda.mem_get_info(device)[1] if cuda else None)
+    allocated = torch.cuda.memory_allocated(device) if cuda else 0
+    sizes = profile_sizes(profiles, fp8=scheme is not None, checker_bytes=allocated)
+    plan = plan_memory(sizes, torch.cuda.mem_get_info(device)[1] if cuda else None)
     if cuda:
         logger.info("memory: %s", plan)
-    return plan.row
+    return plan.layout
 
 
 def _loaded(profiles: tuple[ModelProfile, ...], layout: Layout, device: torch.device) -> dict[str, Model]:
@@ -99,7 +99,7 @@ def _loaded(profiles: tuple[ModelProfile, ...], layout: Layout, device: torch.de
 
 
 def _warm_up(engine: Engine, layout: Layout, cache: CompileCache) -> None:
-    """Make an image with each kind of graph, compiled now or taken from the cache."""
+    """Generate one image with each kind of graph; graphs come from the cache or are compiled now."""
     started = time.monotonic()
     cache.load()
     name = next(iter(engine.exact.models))
@@ -132,7 +132,7 @@ def _warm_up_request(model: str, go_fast: bool) -> GenerationRequest:
 
 
 def _zero_adapter(precision: Precision, model: str) -> LoraAdapter:
-    """An adapter that changes nothing, and yet has the layers take those that have room for factors."""
+    """A zero adapter: forces the AdaptedLinear layers, so that their graph is compiled in the warm-up."""
     layers = precision.adapters[model].shapes.by_component[TRANSFORMER].values()
     layer = next(layer for layer in layers if len(layer.weight) == 2)
     rows, columns = layer.weight

@@ -1,12 +1,14 @@
 """One fp8 copy of the transformers' blocks, rewritten in place for each model and stack of adapters.
 
-The pristine weights are never written. The working copy is quantise(W + sum of scale * delta), so a LoRA costs
-nothing a step, any kind of change can be served, and the way back is exact: the pristine weights, quantised again.
-All models share the blocks of one copy, since FLUX.1 [dev] and [schnell] differ in their embedders alone; another model
-or another stack is a rewrite, of the touched layers where the model stays the same. The tensors stay where they are, so
-compiled graphs stay valid. Merging into weights that are fp8 already would swallow most of a small change.
+The pristine (original) weights are never written. A layer of the working copy is quantise(W + sum of scale * delta), so
+a LoRA costs no time per step, every kind of change can be applied, and removing it is exact: the pristine weights are
+quantised again. Merging a change into weights that are already fp8 would lose most of it.
 
-In fp8 are the linear layers of the blocks. Embedders, the last projection, biases and norms keep their type.
+All models share one copy of the blocks, because FLUX.1 [dev] and [schnell] differ in shape only in their embedders. A
+change of the stack rewrites the layers that either stack touches, a change of the model rewrites all layers. The
+tensors keep their addresses, so compiled graphs stay valid.
+
+The linear layers of the blocks are fp8. Embedders, the last projection, biases and norms keep their type.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ NO_CHANGES = LayerChanges()
 
 @dataclass
 class _Layer:
-    """A layer of the working copy and the pristine one that it is written from."""
+    """A layer of the working copy, and the pristine weight and bias that it is written from."""
 
     layer: Any
     weight: nn.Parameter
@@ -43,7 +45,7 @@ class _Layer:
 
 @dataclass
 class _State:
-    """What the working copy carries, and which layers of the model differ from the pristine ones."""
+    """The model and stack that the working copy holds, and the layers that differ from the pristine ones."""
 
     model: str
     stack: StackKey
@@ -51,15 +53,15 @@ class _State:
 
 
 class WorkingCopy:
-    """The fp8 blocks that all models share, and for each model a transformer around them."""
+    """The fp8 blocks that all models share, and a transformer for each model that contains them."""
 
     def __init__(self, pristine: Mapping[str, FluxTransformer2DModel], scheme: Scheme, device: torch.device) -> None:
-        """Make the copy, which carries the first model without adapters.
+        """Copy and quantise; the copy then holds the first model without adapters.
 
         Args:
-            pristine: the transformers by the models' names, without adapters; on any device.
-            scheme: how to hold the blocks' weights.
-            device: where the copy lives.
+            pristine: the transformers by model name, without adapters; on any device.
+            scheme: how the blocks' weights are stored.
+            device: where the copy is made.
 
         Raises:
             ValueError: the models' blocks differ in their layers.
@@ -67,7 +69,7 @@ class WorkingCopy:
         self._scheme = scheme
         self._device = device
         self.transformers: dict[str, FluxTransformer2DModel] = {}
-        """For each model one that runs in fp8; its numbers are right while the copy carries the model."""
+        """A transformer in fp8 for each model; only the one that was written last has the right weights."""
         self._layers: dict[str, dict[str, _Layer]] = {}
         blocks: dict[str, nn.Module] = {}
         for name, transformer in pristine.items():
@@ -82,7 +84,7 @@ class WorkingCopy:
         self._state: _State | None = _State(next(iter(pristine)), ())
 
     def _copied(self, module: nn.Module, *, fp8: bool) -> nn.Module:
-        """A copy of a module on the device, its large linear layers in fp8 where wanted."""
+        """A copy of a module on the device; with `fp8`, its large linear layers are quantised."""
         matrices = {id(m.weight) for m in module.modules() if fp8 and _fits_fp8(m)}
         memo = {id(p): nn.Parameter(self._copy_of(p, id(p) in matrices), False) for p in module.parameters()}
         return copy.deepcopy(module, memo)
@@ -92,11 +94,11 @@ class WorkingCopy:
         return self._scheme.quantise(here) if fp8 else here.clone()
 
     def active_stack(self, model: str) -> StackKey | None:
-        """What the copy carries if it is this model's; None where it is another's, or unknown."""
+        """The stack that the copy holds for this model; None if it holds another model, or is unknown."""
         return self._state.stack if self._state is not None and self._state.model == model else None
 
     def release(self) -> None:
-        """Give the fp8 weights' memory back; the next `write` takes it again and writes everything."""
+        """Free the fp8 weights' memory; the next `write` allocates it again and writes every layer."""
         self._state = None
         for weight in self._fp8_weights():
             weight.qdata.untyped_storage().resize_(0)
@@ -106,13 +108,13 @@ class WorkingCopy:
 
     @torch.no_grad()
     def write(self, model: str, stack: Stack, key: StackKey) -> None:
-        """Make the copy this model with exactly these adapters; `key` names the stack."""
+        """Write this model with exactly these adapters into the copy; `key` identifies the stack."""
         if self.active_stack(model) == key:
             return
         layers = self._layers[model]
         changes = changes_by_layer(stack, TRANSFORMER)
         before = self._state
-        if before is None:  # released, perhaps
+        if before is None:  # the memory may have been released
             for weight in self._fp8_weights():
                 weight.qdata.untyped_storage().resize_(weight.qdata.numel())
         names = before.touched | changes.keys() if before and before.model == model else layers.keys()
@@ -148,7 +150,7 @@ def _pairs(shell: nn.Module, pristine: nn.Module) -> dict[str, _Layer]:
     if [(n, layer.weight.shape) for n, layer in ours.items()] != [
         (n, layer.weight.shape) for n, layer in theirs.items()
     ]:
-        raise ValueError("the models' blocks differ: they cannot share one working copy")
+        raise ValueError("the models' blocks differ in their layers, so they cannot share one working copy")
     return {
         name: _Layer(
             ours[name],
@@ -161,7 +163,7 @@ def _pairs(shell: nn.Module, pristine: nn.Module) -> dict[str, _Layer]:
 
 
 class WorkingCopyAdapters:
-    """One model's view of the working copy, as an `AdapterManager` wants its components."""
+    """One model's view of the working copy: an `AdaptedComponent` for its `AdapterManager`."""
 
     def __init__(self, model: str, working_copy: WorkingCopy) -> None:
         self.name = TRANSFORMER
@@ -172,9 +174,9 @@ class WorkingCopyAdapters:
 
     @property
     def active_stack(self) -> StackKey | None:
-        """What the model carries, None while that is unknown or the copy is another model's."""
+        """The stack that the copy holds for this model; None if it holds another model, or is unknown."""
         return self._copy.active_stack(self._model)
 
     def apply(self, stack: Stack) -> None:
-        """Make the copy this model with exactly this stack, each adapter once; nothing is done where it is already."""
+        """Write this model with exactly this stack into the copy, if it does not hold it already."""
         self._copy.write(self._model, *own_part(stack, self.name))

@@ -195,7 +195,7 @@ def modes(engine: Engine) -> list[tuple[str, Image.Image]]:
 
 def adapter(engine: Engine, model: str, name: str) -> LoraAdapter:
     """One of the two LoRAs of the tests: "style" or "object"."""
-    return read_adapter(LORAS / f"tok-{name}.safetensors", engine.exact.adapters[model].shapes)
+    return read_adapter(LORAS / f"tok-{name}.safetensors", engine.shapes(model))
 
 
 def loras(engine: Engine) -> list[tuple[str, Image.Image]]:

@@ -1,4 +1,4 @@
-"""Three graphs for every size, model and mode; what was compiled is kept for the next process, or made anew."""
+"""Three graphs for every size, model and mode; what was compiled is kept for the next process, or compiled again."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_a_file_that_cannot_take_its_place_leaves_nothing_behind(folder: Path, l
     (file / "in the way").mkdir(parents=True)
     Process(folder).start()
     assert [path.name for path in folder.iterdir()] == [file.name]
-    assert "cannot be kept" in warnings_in(log)[-1]
+    assert "cannot be written" in warnings_in(log)[-1]
 
 
 def test_without_anything_compiled_nothing_is_kept(folder: Path) -> None:

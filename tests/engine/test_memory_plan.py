@@ -24,7 +24,7 @@ from engine.memory_plan import (
     Placement,
     Sizes,
     adapter_bytes,
-    plan_residency,
+    plan_memory,
     profile_sizes,
     sizes_of,
     working_copy_bytes,
@@ -170,49 +170,49 @@ def test_sizes_need_no_weights(tmp_path: Path) -> None:
     ],
 )
 def test_each_card_gets_the_best_that_fits(flux: Sizes, card: str, row: str, precisions: tuple[str, ...]) -> None:
-    plan = plan_residency(flux, CARDS[card])
-    assert (plan.row.name, plan.precisions) == (row, precisions)
+    plan = plan_memory(flux, CARDS[card])
+    assert (plan.layout.name, plan.precisions) == (row, precisions)
 
 
 @pytest.mark.parametrize(
     ("card", "row"), [("H100", EVERYTHING), ("L40S", ONE_AT_A_TIME), ("A100 40 GB", ONE_AT_A_TIME), ("CPU", EVERYTHING)]
 )
 def test_where_fp8_does_not_work_exact_is_all_that_is_served(flux: Sizes, card: str, row: str) -> None:
-    plan = plan_residency(without_fp8(flux), CARDS[card])
-    assert (plan.row.name, plan.precisions) == (row, ("exact",))
+    plan = plan_memory(without_fp8(flux), CARDS[card])
+    assert (plan.layout.name, plan.precisions) == (row, ("exact",))
     assert "fp8" not in str(plan)
 
 
 def test_a_card_too_small_is_told_what_is_needed(flux: Sizes) -> None:
     with pytest.raises(SettingsError, match=r"need .* 25\.1 GB .* this one has 16\.9 GB.*FLUX_PROFILE"):
-        plan_residency(flux, CARDS["RTX 4080"])
+        plan_memory(flux, CARDS["RTX 4080"])
     with pytest.raises(SettingsError, match=r"need .* 4\d\.\d GB .* this one has 25\.2 GB"):
-        plan_residency(without_fp8(flux), CARDS["RTX 4090"])
+        plan_memory(without_fp8(flux), CARDS["RTX 4090"])
 
 
 @pytest.mark.parametrize("row", LAYOUTS, ids=lambda row: row.name)
 def test_a_row_is_taken_to_the_byte(flux: Sizes, row: Any) -> None:
-    needed = next(plan.needed_bytes for plan in plans(flux) if plan.row is row)
-    assert plan_residency(flux, needed).row is row
+    needed = next(plan.needed_bytes for plan in plans(flux) if plan.layout is row)
+    assert plan_memory(flux, needed).layout is row
     if row is LAYOUTS[-1]:
         with pytest.raises(SettingsError):
-            plan_residency(flux, needed - 1)
+            plan_memory(flux, needed - 1)
     else:
-        assert plan_residency(flux, needed - 1).row is not row
+        assert plan_memory(flux, needed - 1).layout is not row
 
 
 def plans(sizes: Sizes) -> list[Any]:
-    return [plan_residency(sizes, card) for card in (CARDS["H100"], CARDS["L40S"], CARDS["RTX 4090"])]
+    return [plan_memory(sizes, card) for card in (CARDS["H100"], CARDS["L40S"], CARDS["RTX 4090"])]
 
 
 def test_the_peak_is_the_larger_of_encoding_and_making_an_image() -> None:
     sizes = Sizes(pristine=(100, 90), working_copy=60, adapters=5, text_encoders=40, vae=2, checker=1, activations=20)
-    everything, one, fp8 = (plan_residency(sizes, RESERVE_BYTES + room).needed_bytes for room in (400, 200, 110))
+    everything, one, fp8 = (plan_memory(sizes, RESERVE_BYTES + room).needed_bytes for room in (400, 200, 110))
     assert everything - RESERVE_BYTES == 190 + 60 + 5 + 40 + 2 + 1 + 20
     assert one - RESERVE_BYTES == 100 + 5 + 40 + 2 + 1 + 20
     assert fp8 - RESERVE_BYTES == 60 + 2 + 1 + 40
     crowded = replace(sizes, activations=50)
-    assert plan_residency(crowded, RESERVE_BYTES + 120).needed_bytes - RESERVE_BYTES == 60 + 2 + 1 + 50
+    assert plan_memory(crowded, RESERVE_BYTES + 120).needed_bytes - RESERVE_BYTES == 60 + 2 + 1 + 50
 
 
 def test_what_is_not_on_the_device_has_to_fit_into_the_host(flux: Sizes) -> None:
@@ -226,7 +226,7 @@ def test_what_is_not_on_the_device_has_to_fit_into_the_host(flux: Sizes) -> None
 
 
 def test_a_plan_is_one_line_with_its_numbers(flux: Sizes) -> None:
-    line = str(plan_residency(flux, CARDS["RTX 4090"]))
+    line = str(plan_memory(flux, CARDS["RTX 4090"]))
     assert "\n" not in line
     for part in ("25.2 GB", "47.6 GB in host memory", "12.1 GB on the device", "exact requests are served in fp8"):
         assert part in line

@@ -310,7 +310,7 @@ def test_image_to_image_and_inpainting_are_served(engine: Engine, save: Callable
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
 def test_a_lora_acts_with_the_gain_and_leaves_nothing_behind(engine: Engine, model: str) -> None:
-    style = read_adapter(LORAS / "tok-style.safetensors", engine.exact.adapters[model].shapes)
+    style = read_adapter(LORAS / "tok-style.safetensors", engine.shapes(model))
     assert engine.fast is not None
     assert engine.fast.adapters[model].shapes == engine.exact.adapters[model].shapes
     plain = make_image(engine, go_fast=True, model=model)
@@ -342,7 +342,7 @@ def test_a_card_for_fp8_alone_serves_exact_requests_in_fp8_and_says_so(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the strengths as they were asked for: the gain is go_fast's."""
-    style = read_adapter(LORAS / "tok-style.safetensors", engine.exact.adapters["schnell"].shapes)
+    style = read_adapter(LORAS / "tok-style.safetensors", engine.shapes("schnell"))
     small = Engine(engine.exact, engine.fast, CPU, LAYOUTS[2])
     with caplog.at_level(logging.WARNING):
         assert make_image(small).tobytes() == make_image(engine, go_fast=True).tobytes()
