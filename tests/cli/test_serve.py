@@ -27,7 +27,8 @@ from tests.paths import PROJECT
 from tests.services import Storage, StoredFile
 
 PROMPT = {"prompt": "a red circle on a white background"}
-SLOW = {**PROMPT, **QUICK, "width": 512, "height": 512, "num_inference_steps": 50}
+SLOW = {**PROMPT, **QUICK, "width": 512, "height": 512, "num_inference_steps": 50, "num_outputs": 4}
+"""Takes over ten seconds on a fast machine, so that a cancel after three finds it running."""
 
 
 def free_port() -> int:
