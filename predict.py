@@ -43,25 +43,30 @@ class Predictor(BasePredictor):
         settings = Settings.from_env(os.environ)
         # imported here: torch takes seconds, and configure_logging must run first
         from engine.device import choose_device
-        from engine.hub import fetch_profiles
+        from engine.model_folders import fetch_profiles
         from engine.profiles import choose_profile, model_profiles
         from engine.start import start_engine
+        from fetching.hub import Hub
+        from fetching.hub_cache import HubCache
         from lora_loading.finding.store import open_store
         from lora_loading.reading.adapter_cache import AdapterCache
         from safety.load import choose_checker, load_checker
+        from safety.manifest import Weights
 
         device = choose_device(settings.profile)
         profile, reason = choose_profile(settings, device.type == "cuda")
         logger.info("profile %s on %s: %s", profile, device, reason)
         checker, reason = choose_checker(settings.safety, profile)
         logger.info("safety checker %s: %s", checker, reason)
-        self.checker = load_checker(checker, settings.safety_folder, device)  # first: it fails within seconds
+        models = HubCache(Hub(settings.hugging_face_endpoint, settings.hugging_face_token))
+        weights = Weights(settings.safety_folder, models)
+        self.checker = load_checker(checker, weights, device)  # first: it fails within seconds
         self.safety_required = settings.safety_required
         self.loras = open_store(settings)
         self.plain_http_hosts = settings.trusted_hosts
         self.adapters = AdapterCache(ADAPTER_CACHE_BYTES)
         profiles = model_profiles(profile, settings)
-        profiles = fetch_profiles(profiles, settings.hugging_face_token, settings.hugging_face_endpoint)
+        profiles = fetch_profiles(profiles, models)
         self.engine = start_engine(profiles, settings, device)
         self.outputs = OutputFolder()
         logger.info("ready in %.1f s", time.monotonic() - started)

@@ -24,17 +24,9 @@ from urllib.parse import unquote_to_bytes
 from errors import DiskError, DownloadError, HttpStatusError
 from fetching.containers import check_safetensors, copy_only_safetensors
 from fetching.download import Downloaded, Limits, Progress, download
+from fetching.files import digest_of_file, free_bytes_of, megabytes
 from fetching.network import Client
-from fetching.store import (
-    DiskQuota,
-    Entry,
-    Store,
-    closed_on_error,
-    digest_of_file,
-    free_bytes_of,
-    megabytes,
-    read_entry,
-)
+from fetching.store import DiskQuota, Entry, Store, closed_on_error, read_entry
 
 logger = logging.getLogger(__name__)
 

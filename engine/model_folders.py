@@ -1,20 +1,27 @@
-"""The files that a model's parts are read from, in diffusers layout. Knows names and headers; no network, no classes.
+"""The files that a model's parts are read from, in diffusers layout: a local folder, or a snapshot from the Hub.
 
 A repository holds more than is read: the same weights in one file for other programs, images, other types. What is
-read is one table; from it follow both what to fetch and what a folder may not lack.
+read is one table; from it follow both what to fetch and what a folder must contain. Knows names and headers, not the
+classes that are loaded from them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from engine.profiles import ModelProfile
+from errors import SettingsError
+from fetching.hub import HubError, Listing
+from fetching.hub_cache import HubCache
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,51 @@ SHARED = (
     Part("tokenizer_2", TOKENIZER, vocabularies=(("tokenizer.json",), ("spiece.model",)), extras=EXTRAS),
 )  # fmt: skip
 """What is loaded once for all models."""
+ELSEWHERE = "Or set FLUX_DEV and FLUX_SCHNELL to local folders in diffusers layout, or to other repositories."
 PIPELINE = "model_index.json"
-"""Names the class of every part; fetched with the shared parts, and not missed where it lacks."""
+"""Names the class of every part; optional: fetched with the shared parts when present."""
+
+
+def fetch_profiles(profiles: tuple[ModelProfile, ...], cache: HubCache) -> tuple[ModelProfile, ...]:
+    """The same profiles with local folders for sources, each complete, after fetching what is missing.
+
+    Args:
+        profiles: their sources are local folders or repositories of the Hub.
+        cache: fetches with the operator's token, for gated and private repositories.
+
+    Raises:
+        SettingsError: a folder is not complete, or a repository cannot be had.
+    """
+    wanted = parts_by_source(profiles)
+    folders = {source: path for source in wanted if (path := Path(source).expanduser()).is_dir()}
+    try:
+        listings = [_listing(cache, source, parts) for source, parts in wanted.items() if source not in folders]
+        cache.fetch(listings)
+    except HubError as error:
+        raise SettingsError(f"{error} {ELSEWHERE}") from None
+    folders |= {listing.repository: cache.snapshot(listing) for listing in listings}
+    for source, folder in folders.items():
+        if found := flaws(folder, wanted[source]):
+            raise SettingsError(f'The model "{source}" is not complete in {folder}: {"; ".join(found)}. {ELSEWHERE}')
+    return tuple(
+        replace(p, source=str(folders[p.source]), shared_source=str(folders[p.shared_source])) for p in profiles
+    )
+
+
+def _listing(cache: HubCache, source: str, parts: tuple[Part, ...]) -> Listing:
+    """What is read of a repository, at its newest commit; at the cached one where the Hub does not give it."""
+    try:
+        return cache.hub.listing(source).only(lambda path: is_read(path, parts))
+    except HubError as error:
+        cached = cache.cached(source)
+        if cached is None:
+            raise
+        cached = cached.only(lambda path: is_read(path, parts))
+        missing = [f"{file.path} was damaged and is removed" for file in cache.missing(cached).files]
+        if found := missing or flaws(cache.snapshot(cached), parts):
+            raise SettingsError(f"{error} The cache does not suffice: {'; '.join(found)}. {ELSEWHERE}") from None
+        logger.warning("%s The cached commit %s is used.", error, cached.commit)
+        return cached
 
 
 def parts_by_source(profiles: Iterable[ModelProfile]) -> Mapping[str, tuple[Part, ...]]:

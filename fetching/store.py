@@ -3,7 +3,7 @@
 Everything is decided from the files themselves, so that a restart changes nothing and several processes may share one
 folder. Knows no network.
 
-    blobs/<sha256>.safetensors   whole and checked; its access time is the last use, its modification time a seal
+    blobs/<sha256>.safetensors   whole and checked; its access time is the last use, its modification time a sentinel
     index/<digest>.json          reference and token -> content, revision, time of the last check
     locks/<two digits>.lock      one process at a time fetches for a reference
     partial/                     what is being fetched, locked by its process; the rest is swept at start
@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
@@ -26,11 +25,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from errors import DiskError
+from fetching.files import VERIFIED_MTIME_NS, digest_of_file, free_bytes_of, megabytes
 
 logger = logging.getLogger(__name__)
-
-SEAL_NS = 1_577_836_800 * 10**9
-"""The modification time of every stored file: another one means that somebody wrote into it."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,6 @@ def plan_eviction(
         plan.append(file)
         excess -= file.size_bytes
     return plan
-
-
-def free_bytes_of(folder: Path) -> int:
-    """What the folder's disk has left."""
-    return shutil.disk_usage(folder).free
 
 
 class Store:
@@ -148,7 +140,7 @@ class Store:
         with closed_on_error(file):
             fcntl.flock(file, fcntl.LOCK_SH)
             state = os.fstat(file.fileno())
-            sealed = state.st_mtime_ns == SEAL_NS and state.st_size == entry.size_bytes
+            sealed = state.st_mtime_ns == VERIFIED_MTIME_NS and state.st_size == entry.size_bytes
             if state.st_nlink and (sealed or digest_of_file(file) == entry.sha256):
                 self._note_use(file)
                 return file
@@ -163,7 +155,7 @@ class Store:
         return self._blobs / f"{sha256}.safetensors"
 
     def _note_use(self, file: BinaryIO) -> None:
-        os.utime(file.fileno(), ns=(int(self._now() * 1e9), SEAL_NS))
+        os.utime(file.fileno(), ns=(int(self._now() * 1e9), VERIFIED_MTIME_NS))
 
     def write_entry(self, line: Path, entry: Entry) -> None:
         """Set a line of the index."""
@@ -236,15 +228,6 @@ class Store:
 # Files
 
 
-def digest_of_file(file: BinaryIO) -> str:
-    """The sha256 of a whole open file, in hexadecimal."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def read_entry(line: Path) -> Entry | None:
     """A line of the index; None where there is none or it is damaged."""
     try:
@@ -253,11 +236,6 @@ def read_entry(line: Path) -> Entry | None:
         return Entry(**values, facts=facts)
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
-
-
-def megabytes(size_bytes: int) -> str:
-    """A number of bytes, for people."""
-    return f"{size_bytes / 1e6:.1f} MB"
 
 
 @contextmanager

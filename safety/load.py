@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from safety.checker import FailClosed, SafetyChecker
+from safety.manifest import Weights
 from safety.open_nsfw import load_embedded
 from safety.pair import load_reference
 from safety.selftest import EMBEDDED, prove, prove_reference, prove_strict
@@ -31,42 +32,42 @@ def choose_checker(wanted: str, profile: str) -> tuple[str, str]:
     return "embedded", "FLUX_SAFETY is auto and the profile is tiny"
 
 
-def load_checker(name: str, folder: str | None, device: torch.device) -> FailClosed:
+def load_checker(name: str, weights: Weights, device: torch.device) -> FailClosed:
     """Return the checker of this name, self-tested and guarded.
 
     Args:
         name: one of `LOADERS`.
-        folder: where the reference's and strict's weights lie; None fetches them from the Hub.
+        weights: where the weight files come from.
         device: where they run; embedded always runs on the CPU.
 
     Raises:
         SettingsError: weights are missing, altered or incomplete, or the self-test fails.
     """
     started = time.monotonic()
-    checker = LOADERS[name](folder, device)
+    checker = LOADERS[name](weights, device)
     logger.info("safety checker %s loaded and self-tested in %.1f s", name, time.monotonic() - started)
     return FailClosed(checker)
 
 
-def _embedded(folder: str | None, device: torch.device) -> SafetyChecker:
+def _embedded(weights: Weights, device: torch.device) -> SafetyChecker:
     checker = load_embedded()
     prove(checker, EMBEDDED)
     return checker
 
 
-def _reference(folder: str | None, device: torch.device) -> SafetyChecker:
-    pair = load_reference(folder, device)
+def _reference(weights: Weights, device: torch.device) -> SafetyChecker:
+    pair = load_reference(weights, device)
     prove_reference(pair)
     return pair
 
 
-def _strict(folder: str | None, device: torch.device) -> SafetyChecker:
-    checker = load_strict(folder, device)
+def _strict(weights: Weights, device: torch.device) -> SafetyChecker:
+    checker = load_strict(weights, device)
     prove_strict(checker)
     return checker
 
 
-LOADERS: Mapping[str, Callable[[str | None, torch.device], SafetyChecker]] = {
+LOADERS: Mapping[str, Callable[[Weights, torch.device], SafetyChecker]] = {
     "embedded": _embedded,
     "reference": _reference,
     "strict": _strict,

@@ -1,4 +1,4 @@
-"""The detectors' weight files: which, from where, how large, with which digest. Downloads them, trusts none unchecked.
+"""The detectors' weight files: which, from where, how large, with which digest. Verified at every start.
 
 Only safetensors, only these revisions. The sizes and digests are the ones that the Hub publishes for these commits
 (the LFS pointers; the concept checker's commit is the head of its repository's pull request 39, since its main branch
@@ -11,9 +11,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-
 from errors import SettingsError
+from fetching.hub import HubError, HubFile, Listing
+from fetching.hub_cache import HubCache
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,35 @@ MARQO = WeightFile(
 )
 
 
-def obtain(file: WeightFile, folder: str | None) -> Path:
-    """Return the verified file: `<folder>/<repository>/<name>`, or from the Hub and its cache when no folder is given.
+@dataclass(frozen=True)
+class Weights:
+    """Where the weight files come from: a folder of the operator's, or the Hub and its cache."""
 
-    Raises:
-        SettingsError: it is not there, cannot be fetched, or is not the file of the manifest.
-    """
-    path = _fetch(file) if folder is None else Path(folder) / file.repository / file.name
-    verify(path, file)
-    return path
+    folder: str | None
+    """Holds `<repository>/<name>`; None fetches from the Hub."""
+    cache: HubCache
+
+    def obtain(self, file: WeightFile) -> Path:
+        """Return the verified file.
+
+        Raises:
+            SettingsError: it is not there, cannot be fetched, or is not the file of the manifest.
+        """
+        path = self._fetch(file) if self.folder is None else Path(self.folder) / file.repository / file.name
+        verify(path, file)
+        return path
+
+    def _fetch(self, file: WeightFile) -> Path:
+        one = HubFile(file.name, file.size_bytes, file.sha256)
+        listing = Listing(file.repository, file.revision, (one,), revision=file.revision)
+        try:
+            self.cache.fetch([listing])
+        except HubError as error:
+            raise SettingsError(
+                f"The safety checker lacks its weights. {error} Or fetch {file.name} of revision {file.revision} "
+                f"elsewhere and set FLUX_SAFETY_FOLDER to a folder that holds {file.repository}/{file.name}."
+            ) from None
+        return self.cache.snapshot(listing) / file.name
 
 
 def verify(path: Path, file: WeightFile) -> None:
@@ -78,20 +98,8 @@ def verify(path: Path, file: WeightFile) -> None:
         raise SettingsError(_altered(path, file, f"has the digest {digest} instead of {file.sha256}"))
 
 
-def _fetch(file: WeightFile) -> Path:
-    try:
-        return Path(hf_hub_download(file.repository, file.name, revision=file.revision))
-    except Exception as error:  # the Hub's own, its transport's and its cache's, of many families
-        raise SettingsError(
-            f"The safety checker needs {file.repository}, which cannot be fetched from the Hub "
-            f"({type(error).__name__}). Give this machine access to the Hub, or fetch {file.name} of revision "
-            f"{file.revision} elsewhere and set FLUX_SAFETY_FOLDER to a folder that holds "
-            f"{file.repository}/{file.name}."
-        ) from error
-
-
 def _altered(path: Path, file: WeightFile, found: str) -> str:
     return (
         f"The safety checker's weights {path} {found}: it is not the {file.name} of {file.repository} at revision "
-        f"{file.revision}. Delete it and let it be fetched again."
+        f"{file.revision}. Replace it, or unset FLUX_SAFETY_FOLDER to fetch it from the Hub."
     )

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig
 
 from safety.checker import Verdict
-from safety.manifest import CONCEPTS, OPINION, obtain
+from safety.manifest import CONCEPTS, OPINION, Weights
 from safety.vision import Preprocessing, Tensors, VitClassifier, load_strictly, load_vit, read_tensors, to_pixels
 
 CARE_ADJUSTMENT = 0.01
@@ -165,13 +165,13 @@ def judge(margins: Margins, opinion: float | None, threshold: float) -> Verdict:
     )
 
 
-def load_reference(folder: str | None, device: torch.device) -> ReferencePair:
+def load_reference(weights: Weights, device: torch.device) -> ReferencePair:
     """Return the pair, its weights verified and complete.
 
     Raises:
         SettingsError: weights are missing, altered or incomplete.
     """
-    concepts, opinion = obtain(CONCEPTS, folder), obtain(OPINION, folder)
+    concepts, opinion = weights.obtain(CONCEPTS), weights.obtain(OPINION)
     return ReferencePair(
         ClipConcepts(load_concepts(CLIP, read_tensors(concepts), device)),
         VitClassifier(load_vit(VIT, read_tensors(opinion), OPINION.repository, device), NSFW_CLASS, VIT_PIXELS),

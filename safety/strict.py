@@ -17,7 +17,7 @@ from torch import Tensor
 
 from errors import SettingsError
 from safety.checker import Verdict
-from safety.manifest import MARQO, obtain
+from safety.manifest import MARQO, Weights
 from safety.pair import Opinion, ReferencePair, load_reference
 from safety.vision import Preprocessing, Tensors, VitClassifier, load_vit, read_tensors
 
@@ -105,15 +105,15 @@ def squares(image: Image.Image) -> list[Image.Image]:
     return [image.crop((0, offset, side, offset + side)) for offset in offsets]
 
 
-def load_strict(folder: str | None, device: torch.device) -> StrictChecker:
+def load_strict(weights: Weights, device: torch.device) -> StrictChecker:
     """Return the pair and the detector, their weights verified and complete.
 
     Raises:
         SettingsError: weights are missing, altered or incomplete.
     """
-    tensors = from_timm(read_tensors(obtain(MARQO, folder)))
+    tensors = from_timm(read_tensors(weights.obtain(MARQO)))
     detector = VitClassifier(load_vit(VIT_TINY, tensors, MARQO.repository, device), NSFW_CLASS, PIXELS)
-    return StrictChecker(load_reference(folder, device), detector)
+    return StrictChecker(load_reference(weights, device), detector)
 
 
 def from_timm(tensors: Tensors) -> Tensors:

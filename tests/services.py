@@ -283,8 +283,8 @@ class HuggingFace(Server):
         if request.bearer is not None and request.bearer not in self.tokens:
             return _hub_error(401, None, "Invalid credentials in Authorization header")
         match [unquote(segment) for segment in request.raw_path.split("/")[1:]]:
-            case ["api", "models", owner, name] | ["api", "models", owner, name, "revision", "main"]:
-                return self._model(f"{owner}/{name}", request)
+            case ["api", "models", owner, name, "revision", revision]:
+                return self._model(f"{owner}/{name}", revision, request)
             case ["api", "models", owner, name, "tree", revision]:
                 return self._in(f"{owner}/{name}", revision, request, None)
             case [owner, name, "resolve", revision, *path]:
@@ -311,15 +311,20 @@ class HuggingFace(Server):
             return _hub_error(401 if request.bearer is None else 404, "RepoNotFound", "Repository not found")
         return found
 
-    def _model(self, repo: str, request: Request) -> Reply:
+    def _model(self, repo: str, revision: str, request: Request) -> Reply:
+        if repo in self.renamed:
+            return Reply(307, {"Location": request.raw_path.replace(repo, self.renamed[repo], 1)})
         found = self._visible(repo, request)
         if isinstance(found, Reply):
             return found
+        commit = found.commit_of(revision)
+        if commit is None:
+            return _hub_error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         entries = [_tree_entry(path, content) for path, content in found.files.items()]
         siblings = [_sibling(entry, found.listed_bytes) for entry in entries]
         if "blobs" not in request.query:
             siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
-        return json_reply({"id": repo, "modelId": repo, "sha": found.commit, "siblings": siblings})
+        return json_reply({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings})
 
     def _tree(self, repository: Repository, request: Request) -> Reply:
         entries: list[dict[str, Any]] = [{"type": "directory", "path": "samples", "oid": "0" * 40, "size": 0}]

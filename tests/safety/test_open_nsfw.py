@@ -12,8 +12,11 @@ from PIL import Image
 
 from engine.engine import Engine
 from errors import SettingsError
+from fetching.hub import Hub
+from fetching.hub_cache import HubCache
 from safety.checker import FailClosed
 from safety.load import load_checker
+from safety.manifest import Weights
 from safety.open_nsfw import THRESHOLD, EmbeddedChecker, judge, load_embedded, model_file, prepare, read_verified
 from safety.selftest import EMBEDDED, Known, bundled_image, prove
 from tests.conftest import QUICK, request_of
@@ -166,7 +169,7 @@ def test_the_setting_loads_it_guarded(caplog: pytest.LogCaptureFixture) -> None:
     import torch
 
     caplog.set_level("INFO")
-    checker = load_checker("embedded", None, torch.device("cpu"))
+    checker = load_checker("embedded", Weights(None, HubCache(Hub())), torch.device("cpu"))
     assert isinstance(checker, FailClosed)
     assert "safety checker embedded loaded and self-tested" in caplog.text
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from errors import SettingsError
+from fetching.hub import Hub
+from fetching.hub_cache import HubCache
 from safety.checker import FailClosed, Verdict
 from safety.load import load_checker
-from safety.manifest import CONCEPTS, MARQO, OPINION, WeightFile, obtain
+from safety.manifest import CONCEPTS, MARQO, OPINION, WeightFile, Weights
 from safety.pair import (
     CLIP,
     CLIP_PIXELS,
@@ -44,6 +46,7 @@ from safety.strict import VIT_TINY, StrictChecker, combine, from_timm, squares
 from safety.vision import VitClassifier, load_vit, read_tensors, to_pixels
 from tests.paths import DATA
 from tests.photographs import photographs
+from tests.services import HuggingFace, Repository, running_services
 
 CPU = torch.device("cpu")
 TINY_CLIP: dict[str, Any] = {
@@ -218,7 +221,7 @@ def small(tmp_path: Path) -> WeightFile:
 
 
 def test_a_local_folder_gives_the_verified_file(small: WeightFile, tmp_path: Path) -> None:
-    assert read_tensors(obtain(small, str(tmp_path)))["weight"].tolist() == [0, 1, 2, 3]
+    assert read_tensors(Weights(str(tmp_path), HubCache(Hub())).obtain(small))["weight"].tolist() == [0, 1, 2, 3]
 
 
 def flip(path: Path) -> None:
@@ -241,24 +244,59 @@ def test_damaged_weights_stop_the_setup(
 ) -> None:
     damage(tmp_path / small.repository / small.name)
     with pytest.raises(SettingsError, match=found) as caught:
-        obtain(small, str(tmp_path))
+        Weights(str(tmp_path), HubCache(Hub())).obtain(small)
     assert small.repository in str(caught.value) and small.revision in str(caught.value)
 
 
-def test_a_hub_that_gives_nothing_stops_the_setup(small: WeightFile) -> None:
-    with pytest.raises(SettingsError, match=r"cannot be fetched from the Hub .* FLUX_SAFETY_FOLDER"):
-        obtain(replace(small, repository="no/such/repository"), None)
+@pytest.fixture
+def published(small: WeightFile, tmp_path: Path) -> Iterator[tuple[HuggingFace, Weights]]:
+    """The file on a stand-in for the Hub, and the manifest's way to it."""
+    with running_services() as services:
+        hub = services.hugging_face
+        content = (tmp_path / small.repository / small.name).read_bytes()
+        hub.repositories[small.repository] = Repository({small.name: content, "x.bin": b"x"}, small.revision)
+        yield hub, Weights(None, HubCache(Hub(hub.address, sleep=lambda seconds: None), tmp_path / "hub"))
+
+
+def test_the_hub_gives_the_verified_file_and_no_other(
+    small: WeightFile, published: tuple[HuggingFace, Weights]
+) -> None:
+    hub, weights = published
+    assert read_tensors(weights.obtain(small))["weight"].tolist() == [0, 1, 2, 3]
+    assert hub.count(f"/{small.repository}/resolve/{small.revision}/x.bin") == 0
+
+
+def test_the_hub_is_not_asked_for_what_was_fetched(small: WeightFile, published: tuple[HuggingFace, Weights]) -> None:
+    hub, weights = published
+    path = weights.obtain(small)
+    hub.requests.clear()
+    assert weights.obtain(small) == path
+    assert hub.requests == []
+
+
+def test_a_hub_that_gives_another_file_stops_the_setup(
+    small: WeightFile, published: tuple[HuggingFace, Weights]
+) -> None:
+    _, weights = published
+    with pytest.raises(SettingsError, match="still differs from what is expected"):
+        weights.obtain(replace(small, sha256="0" * 64))
+
+
+def test_a_hub_that_gives_nothing_stops_the_setup(small: WeightFile, published: tuple[HuggingFace, Weights]) -> None:
+    _, weights = published
+    with pytest.raises(SettingsError, match=r"there is no such repository.* FLUX_SAFETY_FOLDER"):
+        weights.obtain(replace(small, repository="no/such"))
 
 
 @pytest.mark.parametrize("name", ["reference", "strict"])
 def test_without_weights_there_is_no_other_checker_instead(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="there is no"):
-        load_checker(name, str(tmp_path), CPU)
+        load_checker(name, Weights(str(tmp_path), HubCache(Hub())), CPU)
 
 
 def test_other_weights_than_the_published_are_refused(weights: Path) -> None:
     with pytest.raises(SettingsError, match="bytes instead of 1215981832"):
-        load_checker("reference", str(weights), CPU)
+        load_checker("reference", Weights(str(weights), HubCache(Hub())), CPU)
 
 
 # Strict loading
