@@ -50,23 +50,25 @@ BAD = {
     "web page": (b"<!DOCTYPE html><html>" + b" " * 100, "a web page"),
     "zip": (b"PK\x03\x04" + b"\0" * 100, "a zip file"),
     "JSON": (b'{"error": "Unauthorized"}', "JSON"),
-    "cut off": (CONTENT[:-1], "describes"),
-    "longer than described": (CONTENT + b"\0", "describes"),
+    "cut off": (CONTENT[:-1], "not fully covered"),
+    "longer than described": (CONTENT + b"\0", "not fully covered"),
     "header longer than the file": (struct.pack("<Q", 10**6) + b"{}", "do not begin"),
     "enormous header": (struct.pack("<Q", 2**63) + b"{}", "do not begin"),
     "no JSON in the header": (with_header(b"hello!!!"), "cannot be read"),
     "deep header": (with_header(b"[" * 200_000), "cannot be read"),
-    "a list": (with_header([1]), "no table"),
+    "a list": (with_header([1]), "expected struct"),
+    "a number": (with_header(b"33"), "expected struct"),
     "duplicate name": (with_header(b'{"a":{},"a":{}}'), "cannot be read"),
-    "unknown type": (with_header({"a": entry("F99")}, b"1234"), 'unknown type "F99"'),
-    "entry without type": (with_header({"a": {}}), "unknown type"),
-    "entry is a number": (with_header({"a": 3}), "not described"),
-    "negative shape": (with_header({"a": entry(shape=[-1])}, b"1234"), "no proper shape"),
-    "boolean shape": (with_header({"a": entry(shape=[True])}, b"1234"), "no proper shape"),
-    "enormous shape": (with_header({"a": entry(shape=[2**60])}, b"1234"), "no proper shape"),
-    "shape and bytes differ": (with_header({"a": entry(shape=[2])}, b"1234"), "as many bytes"),
-    "overlap": (with_header({"a": entry(), "b": entry()}, b"1234"), "overlap or leave a gap"),
-    "gap": (with_header({"a": entry(), "b": entry(offsets=[8, 12])}, b"1" * 12), "overlap or leave a gap"),
+    "unknown type": (with_header({"a": entry("F99")}, b"1234"), "unknown variant `F99`"),
+    "entry without type": (with_header({"a": {}}), "missing field"),
+    "entry is a number": (with_header({"a": 3}), "invalid type: integer"),
+    "negative shape": (with_header({"a": entry(shape=[-1])}, b"1234"), "expected usize"),
+    "boolean shape": (with_header({"a": entry(shape=[True])}, b"1234"), "expected usize"),
+    "enormous shape": (with_header({"a": entry(shape=[2**62, 4])}, b"1234"), "overflow"),
+    "shape and bytes differ": (with_header({"a": entry(shape=[2])}, b"1234"), "does not describe its content"),
+    "overlap": (with_header({"a": entry(), "b": entry()}, b"1234"), "invalid offset for tensor"),
+    "gap": (with_header({"a": entry(), "b": entry(offsets=[8, 12])}, b"1" * 12), "invalid offset for tensor `b`"),
+    "name of a megabyte": (with_header({"a" * 2**20: entry(shape=[2])}, b"1234"), "does not describe its content"),
     "too many tensors": (
         with_header({str(i): entry(shape=[0], offsets=[0, 0]) for i in range(MAX_TENSORS + 1)}),
         "20001 tensors",
@@ -78,12 +80,13 @@ BAD = {
 def test_a_bad_file_is_refused_and_the_message_says_why(path: Path, name: str) -> None:
     content, found = BAD[name]
     path.write_bytes(content)
-    with pytest.raises(LoraFormatError, match=found):
+    with pytest.raises(LoraFormatError, match=found) as caught:
         check_safetensors(path)
+    assert len(str(caught.value)) < 400
 
 
 def test_whatever_is_accepted_the_library_opens(path: Path) -> None:
-    """2,000 mutations of a good file: none crashes the check, and it is never the more lenient of the two."""
+    """2,000 mutations of a good file: each is accepted or refused in words, and the library reads what is accepted."""
     rng, accepted = random.Random(0), 0
     for _ in range(2000):
         content = bytearray(CONTENT)
@@ -143,8 +146,8 @@ BAD_TARS = {
     "hard link": (tar_of(("a.safetensors", b""), kind=tarfile.LNKTYPE, link="/etc/passwd"), "a link or a device"),
     "device": (tar_of(("a.safetensors", b""), kind=tarfile.CHRTYPE), "a link or a device"),
     "directory": (tar_of(("a.safetensors", b""), kind=tarfile.DIRTYPE), "0 safetensors files|a link or a device"),
-    "cut off": (tar_of(("a.safetensors", b"x" * 5000))[:2000], "no tar|middle"),
-    "no tar": (b"<html>", "no tar"),
+    "cut off": (tar_of(("a.safetensors", b"x" * 5000))[:2000], "as a tar|middle"),
+    "no tar": (b"<html>", "as a tar"),
     "many members": (tar_of(*((f"{i}.txt", b"") for i in range(10_001))), "more than 10000 members"),
 }
 
@@ -163,5 +166,5 @@ def test_a_header_of_absurd_size_is_not_read_into_memory(path: Path) -> None:
     with path.open("wb") as file:
         file.write(header.tobuf(tarfile.GNU_FORMAT))
         file.truncate(5 * 2**30)
-    with pytest.raises(LoraFormatError, match="no tar"), path.with_suffix(".out").open("wb") as target:
+    with pytest.raises(LoraFormatError, match="as a tar"), path.with_suffix(".out").open("wb") as target:
         copy_only_safetensors(path, target)
