@@ -1,8 +1,8 @@
-"""Files fetched once and kept: what to fetch, and the cache of it. Knows nothing about LoRAs.
+"""Safetensors files fetched once and kept: where a file comes from, and the cache of files. Knows nothing about LoRAs.
 
-A file is stored under the digest of its content. An index beside it says, for a reference and the token it was fetched
-with, which content that was and when the host last said so: a private file is thus found again by its owner alone, and
-two references to one content share it.
+A file is stored under the digest of its content. The index maps (reference, token digest) to a content digest and the
+time of the last revalidation, so a private file is a hit only for the token that fetched it, and two references to one
+content share one file.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ import hashlib
 import logging
 import os
 import time
-from base64 import b64decode
-from binascii import Error as Base64Error
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote_to_bytes
 
 from errors import DiskError, DownloadError, HttpStatusError
 from fetching.containers import check_safetensors, copy_only_safetensors
@@ -31,54 +28,57 @@ from fetching.store import DiskQuota, Entry, Store, closed_on_error, read_entry
 logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 600
-"""For how long a file whose reference names no revision is used without asking its host again."""
+"""How long a file whose reference names no revision is used before its host is asked again."""
 LOG_EVERY_SECONDS = 2
 
 
 class Container(Enum):
-    """What lies at an address."""
+    """What is found at an address."""
 
     SAFETENSORS = "safetensors"
     TAR = "tar"
-    """A tar with exactly one `*.safetensors` among its members."""
+    """A tar with exactly one `*.safetensors` member."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a file lies, and how to know it again. Made from a reference, with whatever its service told about it."""
+    """Where to get a file, and what its service says about it; made from a reference."""
 
     name: str
-    """What messages and logs call it; holds no secret."""
-    address: str = field(repr=False)
-    """`https://...` or `data:...`; may be signed, so it is never logged."""
+    """For messages and logs; holds no secret."""
+    address: str = field(default="", repr=False)
+    """`https://...`; may be signed, so it is never logged. Empty where the content is here already."""
+    content: bytes | None = field(default=None, repr=False)
+    """The file itself, where it came inside the request."""
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    """Secret headers, sent to the address's own host alone."""
+    """Secret headers, sent to the host of the address only."""
     container: Container = Container.SAFETENSORS
     revision: str | None = None
-    """A name of exactly this content that the service gave: a commit and path, a version's id, a digest."""
+    """The service's name for exactly this content: a commit and path, a version's id, a digest."""
     immutable: bool = False
-    """Whether the reference itself names the revision, so that the service need not be asked again."""
+    """Whether the reference itself names the revision, so that it never has to be revalidated."""
     sha256: str | None = None
     size_bytes: int | None = None
     facts: tuple[tuple[str, str], ...] = ()
-    """What the service tells about the file, such as ("trigger words", "TOK")."""
+    """What the service says about the file, such as ("trigger words", "TOK")."""
 
 
 @dataclass(frozen=True)
 class CachedFile:
-    """A whole, checked safetensors file that stays in place as long as the `with` that gave it."""
+    """A complete, verified safetensors file, protected from eviction inside the `with` that gave it."""
 
     path: Path
     sha256: str
     size_bytes: int
     facts: tuple[tuple[str, str], ...]
     outcome: str
-    """`hit`; `checked`, a hit that the host was asked about, `unchecked` in vain; `miss`, fetched now."""
+    """`hit`, `miss` (fetched now), `revalidated` (the host confirmed the cached file) or `stale` (the host could not be
+    reached)."""
     seconds: float
 
 
 class WeightsCache:
-    """The files under one folder. Safe between threads and processes."""
+    """The files below one folder. Safe to use from several threads and processes."""
 
     def __init__(
         self,
@@ -90,10 +90,10 @@ class WeightsCache:
         now: Callable[[], float] = time.time,
         free_bytes: Callable[[Path], int] = free_bytes_of,
     ) -> None:
-        """Open the cache, making the folder where there is none, and sweep what was left behind.
+        """Open the cache, create its folder if needed, and delete what interrupted downloads left.
 
         Raises:
-            OSError: the folder cannot be made or written.
+            OSError: the folder cannot be created or written.
         """
         self._client = client
         self._limits = limits or Limits()
@@ -103,16 +103,16 @@ class WeightsCache:
 
     @contextmanager
     def open(self, key: str, access: str, locate: Callable[[], Source]) -> Iterator[CachedFile]:
-        """Hold the file that a reference stands for, fetching it first where it is not here or may have changed.
+        """Give the file of a reference, after fetching it if it is not cached or has changed.
 
         Args:
             key: the canonical reference.
-            access: the token that it is asked for with, or "": what one caller may have, another may not.
-            locate: asks the service where the file lies; called when there is no telling without.
+            access: the caller's token for this host, or ""; a file fetched with one token is no hit for another.
+            locate: asks the service where the file is; called only when the cache cannot answer by itself.
 
         Raises:
             DownloadError: it cannot be fetched.
-            LoraFormatError: what came is no safetensors file.
+            LoraFormatError: the downloaded file is not a safetensors file.
         """
         started = time.monotonic()
         line = self._store.index_path(key, access)
@@ -132,7 +132,7 @@ class WeightsCache:
 
     def _find_or_fetch(self, line: Path, locate: Callable[[], Source]) -> Found:
         with self._store.one_at_a_time(line):
-            if (found := self._find(line)) is not None:  # another has brought it meanwhile
+            if (found := self._find(line)) is not None:  # fetched by another process meanwhile
                 return found
             entry = read_entry(line)
             hold = None if entry is None else self._store.hold(entry)
@@ -140,28 +140,28 @@ class WeightsCache:
                 found = *self._fetch(locate()), "miss"
             else:
                 with closed_on_error(hold):
-                    found = self._check(hold, entry, locate)
+                    found = self._revalidated(hold, entry, locate)
             self._store.write_entry(line, found[1])
             return found
 
-    def _check(self, hold: BinaryIO, entry: Entry, locate: Callable[[], Source]) -> Found:
-        """Ask the host whether a stored file is still the one; bring the new one if not."""
+    def _revalidated(self, hold: BinaryIO, entry: Entry, locate: Callable[[], Source]) -> Found:
+        """Ask the host whether the cached file is still the current one; fetch the new one if not."""
         try:
             source = locate()
             same = _names_content_of(source, entry) or self._is_unmodified(source, entry)
         except HttpStatusError:
             raise
         except DownloadError as error:
-            logger.warning("the stored file is used, as its host does not answer: %s", error)
-            return hold, entry, "unchecked"
+            logger.warning("the cached file is used, as its host cannot be reached: %s", error)
+            return hold, entry, "stale"
         if same:
-            return hold, replace(entry, checked=self._now(), facts=source.facts or entry.facts), "checked"
-        brought = self._fetch(source)
+            return hold, replace(entry, checked=self._now(), facts=source.facts or entry.facts), "revalidated"
+        fetched = self._fetch(source)
         hold.close()
-        return *brought, "miss"
+        return *fetched, "miss"
 
     def _is_unmodified(self, source: Source, entry: Entry) -> bool:
-        if entry.etag is None or source.revision is not None or not source.address.startswith("http"):
+        if entry.etag is None or source.revision is not None or source.content is not None:
             return False
         with self._client.get(
             source.address, dict(source.headers), {"If-None-Match": entry.etag}, accept=(200, 304)
@@ -171,46 +171,50 @@ class WeightsCache:
     # Fetching
 
     def _fetch(self, source: Source) -> tuple[BinaryIO, Entry]:
-        """Bring the file in; nothing of it is seen before it is whole and checked."""
+        """Fetch and store the file; other processes see it only once it is complete and verified."""
         try:
             return self._fetch_once(source)
         except DiskError:
             with suppress(DiskError):
-                self._store.make_room(self._limits.max_bytes)  # others may have filled the disk meanwhile
+                self._store.make_room(self._limits.max_bytes)  # other programs may have filled the disk meanwhile
             return self._fetch_once(source)
 
     def _fetch_once(self, source: Source) -> tuple[BinaryIO, Entry]:
         try:
-            return self._fetch_checked(source)
+            return self._fetch_verified(source)
         except OSError as error:
             raise DiskError(
                 f"The file cannot be stored: {error.strerror}. The server's disk needs more room."
             ) from error
 
-    def _fetch_checked(self, source: Source) -> tuple[BinaryIO, Entry]:
+    def _fetch_verified(self, source: Source) -> tuple[BinaryIO, Entry]:
         with self._store.new_partial() as (file, path):
-            came = self._receive(source, file)
-            _refuse_other_content(source, came)
+            downloaded = self._receive(source, file)
+            _require_same_content(source, downloaded)
             if source.container is Container.TAR:
                 with self._store.new_partial() as (member, member_path):
-                    self._store.make_room(came.size_bytes)
+                    self._store.make_room(downloaded.size_bytes)
                     size = copy_only_safetensors(path, member)
                     os.fsync(member.fileno())
-                    stored = Downloaded(digest_of_file(member), size, came.etag)
+                    stored = Downloaded(digest_of_file(member), size, downloaded.etag)
                     return self._publish(source, stored, member, member_path)
-            return self._publish(source, came, file, path)
+            return self._publish(source, downloaded, file, path)
 
     def _receive(self, source: Source, file: BinaryIO) -> Downloaded:
-        if source.address.startswith("data:"):
-            content = decoded_data_uri(source.address, self._limits.max_bytes)
-            self._store.make_room(len(content))
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            return Downloaded(hashlib.sha256(content).hexdigest(), len(content), None)
+        if source.content is not None:
+            return self._store_content(source.content, file)
         with self._client.get(source.address, dict(source.headers)) as response:
             self._store.make_room(response.length or source.size_bytes or 0)
             return download(self._client, response, file, self._limits, _logged_progress(source.name))
+
+    def _store_content(self, content: bytes, file: BinaryIO) -> Downloaded:
+        self._store.make_room(len(content))
+        if len(content) > self._limits.max_bytes:
+            raise DownloadError(f"The data URI has more than {megabytes(self._limits.max_bytes)}. Give a smaller file.")
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return Downloaded(hashlib.sha256(content).hexdigest(), len(content), None)
 
     def _publish(self, source: Source, stored: Downloaded, file: BinaryIO, path: Path) -> tuple[BinaryIO, Entry]:
         check_safetensors(path)
@@ -224,50 +228,32 @@ class WeightsCache:
 Found = tuple[BinaryIO, Entry, str]
 
 
-def decoded_data_uri(address: str, max_bytes: int) -> bytes:
-    """The bytes of a `data:` URI.
-
-    Raises:
-        DownloadError: it cannot be decoded, or has more than `max_bytes`.
-    """
-    head, comma, payload = address.partition(",")
-    if len(payload) > 2 * max_bytes:
-        raise DownloadError(f"The data URI has more than {megabytes(max_bytes)}. Give an https address instead.")
-    try:
-        content = unquote_to_bytes(payload)
-        if head.endswith(";base64"):
-            content = b64decode(content, validate=True)
-    except (Base64Error, ValueError) as error:
-        raise DownloadError("The data URI cannot be decoded. Give it in base64, or an https address.") from error
-    if not comma or len(content) > max_bytes:
-        raise DownloadError(f"The data URI has no data, or more than {megabytes(max_bytes)}.")
-    return content
-
-
 def _names_content_of(source: Source, entry: Entry) -> bool:
     if source.revision is not None and source.revision == entry.revision:
         return True
     return source.sha256 is not None and source.sha256 == entry.sha256
 
 
-def _refuse_other_content(source: Source, came: Downloaded) -> None:
-    if source.size_bytes is not None and source.size_bytes != came.size_bytes:
+def _require_same_content(source: Source, downloaded: Downloaded) -> None:
+    if source.size_bytes is not None and source.size_bytes != downloaded.size_bytes:
         raise DownloadError(
-            f"{source.name} came with {came.size_bytes} bytes, and its service names {source.size_bytes}. Try again."
+            f"{source.name} has {downloaded.size_bytes} bytes, its service lists {source.size_bytes}. Try again later."
         )
-    if source.sha256 is not None and source.sha256.lower() != came.sha256:
-        raise DownloadError(f"{source.name} came with another digest than its service names. Try again later.")
+    if source.sha256 is not None and source.sha256.lower() != downloaded.sha256:
+        raise DownloadError(
+            f"The digest of {source.name} differs from the one that its service lists. Try again later."
+        )
 
 
 def _logged_progress(name: str) -> Progress:
-    started = told = time.monotonic()
+    started = last_logged = time.monotonic()
 
     def log(done: int, total: int | None) -> None:
-        nonlocal told
+        nonlocal last_logged
         now = time.monotonic()
-        if now - told < LOG_EVERY_SECONDS:
+        if now - last_logged < LOG_EVERY_SECONDS:
             return
-        told = now
+        last_logged = now
         part = f"{100 * done // total} % of {megabytes(total)}" if total else megabytes(done)
         logger.info("fetching %s: %s, %.1f MB/s", name, part, done / 1e6 / (now - started))
 

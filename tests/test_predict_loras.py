@@ -112,7 +112,7 @@ def test_a_file_is_fetched_once_and_the_log_says_what_it_is(
 
 BAD: dict[str, tuple[StoredFile, type[Exception], str]] = {
     "a web page": (StoredFile(b"", first=[HTML_WITH_200]), LoraFormatError, "web page"),
-    "cut off": (StoredFile(STYLE[:-1]), LoraFormatError, "describes"),
+    "cut off": (StoredFile(STYLE[:-1]), LoraFormatError, "not fully covered"),
     "refused": (StoredFile(b"", first=[Reply(403)]), LoraAccessError, "403|refus"),
     "gone": (StoredFile(b"", first=[Reply(410)]), LoraAccessError, "410|gone|no longer"),
     "failing": (StoredFile(b"", first=[Reply(500)] * 4), DownloadError, "500|failed"),

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -117,15 +116,20 @@ def test_a_tar_gives_its_one_file(cache: WeightsCache, storage: Storage, tmp_pat
     assert nothing_partial(tmp_path)
 
 
-@pytest.mark.parametrize("head", ["data:application/octet-stream;base64,", "data:;base64,"])
-def test_a_data_uri_is_its_own_content(cache: WeightsCache, head: str) -> None:
-    assert get(cache, Source("x", head + b64encode(CONTENT).decode(), immutable=True))[1] == CONTENT
+def test_content_that_came_with_the_request_is_stored(cache: WeightsCache) -> None:
+    assert get(cache, Source("x", content=CONTENT, immutable=True))[1] == CONTENT
 
 
-@pytest.mark.parametrize("address", ["data:;base64,&&&&", "data:", "data:;base64,"])
-def test_a_bad_data_uri_is_refused(cache: WeightsCache, address: str) -> None:
-    with pytest.raises((DownloadError, LoraFormatError)):
-        get(cache, Source("x", address))
+@pytest.mark.parametrize(("content", "found"), [(b"", "do not begin"), (b"x" * 100, "do not begin")])
+def test_content_that_is_not_safetensors_is_refused(cache: WeightsCache, content: bytes, found: str) -> None:
+    with pytest.raises(LoraFormatError, match=found):
+        get(cache, Source("x", content=content))
+
+
+def test_content_beyond_the_limit_is_refused(storage: Storage, tmp_path: Path) -> None:
+    cache = open_cache(storage, tmp_path, limits=Limits(max_bytes=len(CONTENT) - 1))
+    with pytest.raises(DownloadError, match="The data URI has more than"):
+        get(cache, Source("x", content=CONTENT))
 
 
 # Staleness
@@ -139,7 +143,7 @@ def test_a_name_without_revision_is_asked_about_again_after_ten_minutes(
     clock.time += FRESH_SECONDS - 1
     assert get(cache, Source("x", address, revision="2"))[0].outcome == "hit"
     clock.time += 2
-    assert get(cache, Source("x", address, revision="1"))[0].outcome == "checked"
+    assert get(cache, Source("x", address, revision="1"))[0].outcome == "revalidated"
     assert storage.count("/x") == 1
 
 
@@ -170,7 +174,7 @@ def test_a_digest_that_the_service_names_saves_the_download(
     address, sha256 = storage.put("/x", ServedFile(CONTENT)), hashlib.sha256(CONTENT).hexdigest()
     get(cache, Source("x", address, revision="1", sha256=sha256))
     clock.time += FRESH_SECONDS + 1
-    assert get(cache, Source("x", address, revision="2", sha256=sha256))[0].outcome == "checked"
+    assert get(cache, Source("x", address, revision="2", sha256=sha256))[0].outcome == "revalidated"
 
 
 def test_a_plain_address_is_checked_by_its_tag(cache: WeightsCache, storage: Storage, clock: Clock) -> None:
@@ -178,7 +182,7 @@ def test_a_plain_address_is_checked_by_its_tag(cache: WeightsCache, storage: Sto
     get(cache, source)
     clock.time += FRESH_SECONDS + 1
     storage.first.append(Reply(304))
-    assert get(cache, source)[0].outcome == "checked"
+    assert get(cache, source)[0].outcome == "revalidated"
     assert storage.requests[-1].headers["if-none-match"] == '"1"'
     clock.time += FRESH_SECONDS + 1
     newer = tensors(1)
@@ -196,7 +200,7 @@ def test_a_host_that_is_away_does_not_take_the_stored_file_away(
         raise DownloadError("example.com did not answer in time.")
 
     with cache.open("x", "", locate) as file:
-        assert file.outcome == "unchecked"
+        assert file.outcome == "stale"
     assert "example.com did not answer" in caplog.text
 
 
@@ -251,7 +255,7 @@ BAD: dict[str, tuple[Callable[[Storage], Source], type[Exception], str]] = {
         "cut",
     ),
     "other digest": (lambda s: Source("x", s.put("/x", ServedFile(CONTENT)), sha256="0" * 64), DownloadError, "digest"),
-    "other size": (lambda s: Source("x", s.put("/x", ServedFile(CONTENT)), size_bytes=9), DownloadError, "names 9"),
+    "other size": (lambda s: Source("x", s.put("/x", ServedFile(CONTENT)), size_bytes=9), DownloadError, "lists 9"),
     "too large": (lambda s: Source("x", s.put("/x", ServedFile(bytes(200_000)))), DownloadError, "smaller file"),
     "not found": (lambda s: Source("x", f"{s.address}/nowhere"), HttpStatusError, "404"),
     "gzip": (lambda s: Source("x", s.put("/x", ServedFile(CONTENT, gzip=True))), DownloadError, "gzip"),

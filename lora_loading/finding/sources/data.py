@@ -10,7 +10,7 @@ def resolve(reference: DataReference) -> Source:
     """The content itself. A tar's digest and size are not its member's, so only a bare file has them."""
     return Source(
         name=reference.label,
-        address=str(reference),
+        content=reference.content,
         container=Container.TAR if reference.is_tar else Container.SAFETENSORS,
         revision=f"sha256:{reference.sha256}",
         immutable=True,
