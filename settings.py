@@ -10,7 +10,6 @@ from errors import SettingsError
 
 PROFILES = ("auto", "full", "tiny")
 COMPILE = ("auto", "on", "off")
-SAFETY = ("auto", "reference", "embedded", "strict")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 GIGABYTE = 10**9
 
@@ -73,7 +72,7 @@ class Settings:
             default_lora=_optional(environ, "FLUX_DEFAULT_LORA"),
             go_fast_lora_gain=_gain(environ, "FLUX_GO_FAST_LORA_GAIN", cls.go_fast_lora_gain),
             compile=_choice(environ, "FLUX_COMPILE", COMPILE, cls.compile),
-            safety=_choice(environ, "FLUX_SAFETY", SAFETY, cls.safety),
+            safety=environ.get("FLUX_SAFETY", cls.safety),
             safety_required=_switch(environ, "FLUX_SAFETY_REQUIRED", cls.safety_required),
             safety_folder=_optional(environ, "FLUX_SAFETY_FOLDER"),
             trusted_hosts=frozenset(_listed(environ, "FLUX_TRUSTED_HOSTS")),

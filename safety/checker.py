@@ -1,7 +1,7 @@
-"""What a verdict is, and the guard under which no image passes without a sound one.
+"""Verdicts, and the guard that fails closed: no image passes without a valid verdict.
 
-Knows no detector, model or file. A detector may be simple and may raise, hang or return nonsense: `FailClosed` turns
-whatever is not a sound verdict into a withheld image. It is the only place where a failing check is handled.
+Knows no detector, model or file. A detector may be simple and may raise, hang or return anything: `FailClosed` turns
+whatever is not a valid verdict into a withheld image. Failing checks are handled here and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 60.0
-"""Twenty times what the slowest detector, strict, takes for an image on one busy CPU core (3 s)."""
+"""Twenty times the 3 s that the slowest detector, strict, takes for an image on one busy CPU core."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Verdict:
     flagged: bool
     """Whether the image is withheld."""
     scores: tuple[tuple[str, float], ...]
-    """The numbers that decided, by name, for the log."""
+    """What the verdict rests on, by name, for the log."""
     reason: str = ""
     """Why it is withheld, in words; empty for an image that passes."""
     failed: bool = False
-    """Whether it is withheld because the check itself failed, which says nothing about the image."""
+    """Whether the image is withheld because the check itself failed."""
 
     def __str__(self) -> str:
         scores = ", ".join(f"{name} {score:.3f}" for name, score in self.scores)
@@ -42,18 +42,18 @@ class Verdict:
 
 
 class SafetyChecker(Protocol):
-    """Judges images and never alters them."""
+    """Judges images; never changes them."""
 
     name: str
 
     def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict an image, in order; every verdict names the scores that it rests on. May raise."""
+        """Return one verdict an image, in order, each with its scores. May raise."""
         ...
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The verdicts of one check, and the seconds that its detector took."""
+    """The verdicts of one check, and how long its detector took."""
 
     verdicts: list[Verdict]
     seconds: float = 0.0
@@ -61,14 +61,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Pending:
-    """A check under way."""
+    """A running check."""
 
     images: tuple[Image.Image, ...]
     answer: Future[Answer] = field(default_factory=Future)
 
 
 class FailClosed:
-    """A checker that always answers: one sound verdict an image, withheld wherever the detector gave none."""
+    """A checker that always answers with one valid verdict an image; withheld where the detector gave none."""
 
     def __init__(self, detector: SafetyChecker, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self.name = detector.name
@@ -82,7 +82,7 @@ class FailClosed:
         return self.finish(self.begin(images)).verdicts
 
     def begin(self, images: Sequence[Image.Image]) -> Pending:
-        """Start a check beside the caller and return at once; checks run one after another."""
+        """Start a check in a thread and return at once; checks run one after another."""
         pending = Pending(tuple(images))
         if self._hanging is not None and not self._hanging.answer.done():
             pending.answer.set_result(_all_withheld(pending, "an earlier check still hangs"))
@@ -90,12 +90,12 @@ class FailClosed:
         self._hanging = None
         try:
             threading.Thread(target=self._run, args=(pending,), name="safety-check", daemon=True).start()
-        except RuntimeError as error:  # the system gives no further thread
+        except RuntimeError as error:  # no further thread can be started
             pending.answer.set_exception(error)
         return pending
 
     def finish(self, pending: Pending) -> Answer:
-        """Wait for a check's answer, no longer than the timeout. Raises nothing but a cancellation."""
+        """Wait for a check's answer, at most for the timeout. Raises nothing but a cancellation."""
         try:
             error = pending.answer.exception(self._timeout_seconds)
         except TimeoutError as late:
@@ -110,9 +110,11 @@ class FailClosed:
         try:
             with self._turn:
                 started = time.monotonic()
-                verdicts = sound(self._detector.check(pending.images), len(pending.images)) if pending.images else []
+                verdicts = (
+                    validated(self._detector.check(pending.images), len(pending.images)) if pending.images else []
+                )
                 answer = Answer(verdicts, time.monotonic() - started)
-        except BaseException as error:  # whatever ends this thread: someone waits for the answer
+        except BaseException as error:  # whatever it is, the waiting caller must get an answer
             pending.answer.set_exception(error)
         else:
             pending.answer.set_result(answer)
@@ -127,15 +129,15 @@ def withheld(reason: str) -> Verdict:
     return Verdict(flagged=True, scores=(), reason=reason, failed=True)
 
 
-def sound(verdicts: object, count: int) -> list[Verdict]:
-    """Return exactly `count` verdicts: those given where each is sound, else withheld ones."""
+def validated(verdicts: object, count: int) -> list[Verdict]:
+    """Return exactly `count` verdicts: the given ones where they are valid, else withheld ones."""
     if not isinstance(verdicts, list) or len(verdicts) != count:
         found = f"{len(verdicts)} verdicts" if isinstance(verdicts, list) else type(verdicts).__name__
         return [withheld(f"the check returned {found} for {count} images")] * count
-    return [_sound_one(verdict) for verdict in verdicts]
+    return [_validated_one(verdict) for verdict in verdicts]
 
 
-def _sound_one(verdict: object) -> Verdict:
+def _validated_one(verdict: object) -> Verdict:
     if not isinstance(verdict, Verdict) or not isinstance(verdict.flagged, bool):
         return withheld("the check returned no verdict")
     if not verdict.scores:

@@ -1,4 +1,4 @@
-"""The way out: images are checked while the next one is made, and only those that pass go on."""
+"""The gate: each image is checked while the next one is generated, and only images that pass go through."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ logger = logging.getLogger(__name__)
 
 
 class Gate:
-    """One prediction's images on their way out, counted."""
+    """Checks and counts the images of one prediction."""
 
     def __init__(self, checker: FailClosed) -> None:
         self._checker = checker
         self.checked = 0
         self.withheld = 0
         self.failed = 0
-        """How many of the withheld ones are so because their check failed."""
+        """How many images are withheld because their check failed."""
         self.seconds = 0.0
-        """What the checks took in all; mostly beside the making of the next image."""
+        """What all checks took together, mostly while the next image was generated."""
 
     def passing(self, images: Iterable[Image.Image]) -> Iterator[tuple[int, Image.Image]]:
         """Yield the index and the image of each that passes, in order; log the others and drop them.
 
-        An image is checked while the next one is made, so each comes out one later than it went in.
+        Pipelined: image n is yielded while image n+1 is being generated.
         """
         before: tuple[int, Image.Image, Pending] | None = None
         for index, image in enumerate(images):

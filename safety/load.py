@@ -1,4 +1,7 @@
-"""Which checker runs, and getting it ready: loaded, self-tested, and under the guard. Never another one instead."""
+"""Which checker runs, and loading it: self-tested, and behind the guard that fails closed.
+
+If the chosen checker cannot be loaded, setup fails; no other checker takes its place.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,21 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from errors import SettingsError
+from safety import open_nsfw, pair, strict
 from safety.checker import FailClosed, SafetyChecker
 from safety.manifest import Weights
-from safety.open_nsfw import load_embedded
-from safety.pair import load_reference
-from safety.selftest import EMBEDDED, prove, prove_reference, prove_strict
-from safety.strict import load_strict
 
 logger = logging.getLogger(__name__)
+
+CHECKERS: Mapping[str, Callable[[Weights, torch.device], SafetyChecker]] = {
+    "embedded": open_nsfw.load,
+    "reference": pair.load,
+    "strict": strict.load,
+}
+"""By the values of FLUX_SAFETY; a loader returns a checker that passed its self-test."""
+AUTO = {"full": "reference", "tiny": "embedded"}
+"""The checker of each profile, where the operator chose none."""
 
 
 def choose_checker(wanted: str, profile: str) -> tuple[str, str]:
@@ -24,51 +34,29 @@ def choose_checker(wanted: str, profile: str) -> tuple[str, str]:
     Args:
         wanted: the operator's setting: a checker's name, or "auto".
         profile: "full" or "tiny".
+
+    Raises:
+        SettingsError: there is no such checker.
     """
-    if wanted != "auto":
-        return wanted, "FLUX_SAFETY says so"
-    if profile == "full":
-        return "reference", "FLUX_SAFETY is auto and the profile is full"
-    return "embedded", "FLUX_SAFETY is auto and the profile is tiny"
+    if wanted == "auto":
+        return AUTO[profile], f"FLUX_SAFETY is auto and the profile is {profile}"
+    if wanted not in CHECKERS:
+        raise SettingsError(f'FLUX_SAFETY is "{wanted}". Set it to one of auto, {", ".join(CHECKERS)}.')
+    return wanted, "set by FLUX_SAFETY"
 
 
 def load_checker(name: str, weights: Weights, device: torch.device) -> FailClosed:
     """Return the checker of this name, self-tested and guarded.
 
     Args:
-        name: one of `LOADERS`.
-        weights: where the weight files come from.
-        device: where they run; embedded always runs on the CPU.
+        name: one of `CHECKERS`.
+        weights: where weight files come from.
+        device: where it runs, if it can use one.
 
     Raises:
         SettingsError: weights are missing, altered or incomplete, or the self-test fails.
     """
     started = time.monotonic()
-    checker = LOADERS[name](weights, device)
+    checker = CHECKERS[name](weights, device)
     logger.info("safety checker %s loaded and self-tested in %.1f s", name, time.monotonic() - started)
     return FailClosed(checker)
-
-
-def _embedded(weights: Weights, device: torch.device) -> SafetyChecker:
-    checker = load_embedded()
-    prove(checker, EMBEDDED)
-    return checker
-
-
-def _reference(weights: Weights, device: torch.device) -> SafetyChecker:
-    pair = load_reference(weights, device)
-    prove_reference(pair)
-    return pair
-
-
-def _strict(weights: Weights, device: torch.device) -> SafetyChecker:
-    checker = load_strict(weights, device)
-    prove_strict(checker)
-    return checker
-
-
-LOADERS: Mapping[str, Callable[[Weights, torch.device], SafetyChecker]] = {
-    "embedded": _embedded,
-    "reference": _reference,
-    "strict": _strict,
-}

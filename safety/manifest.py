@@ -1,8 +1,6 @@
-"""The detectors' weight files: which, from where, how large, with which digest. Verified at every start.
+"""How a checker gets its weight files: each pinned to a commit, a size and a digest, and verified at every start.
 
-Only safetensors, only these revisions. The sizes and digests are the ones that the Hub publishes for these commits
-(the LFS pointers; the concept checker's commit is the head of its repository's pull request 39, since its main branch
-holds pickles alone). Architecture and preprocessing stand in our code, so that no other file is read.
+Only safetensors are read. The architecture and the preprocessing are in our code, so no other file of a repository is.
 """
 
 from __future__ import annotations
@@ -25,26 +23,6 @@ class WeightFile:
     size_bytes: int
     sha256: str
     name: str = "model.safetensors"
-
-
-CONCEPTS = WeightFile(
-    repository="CompVis/stable-diffusion-safety-checker",
-    revision="f37dfba70d35a43a32de8e67c52e68925175eeee",
-    size_bytes=1_215_981_832,
-    sha256="11cfe53105625af8c00faac32a430626641cce686454f3c39d837f14397d858b",
-)
-OPINION = WeightFile(
-    repository="Falconsai/nsfw_image_detection",
-    revision="63e0a066bb08d2ae47324b540fba3adfd4536569",
-    size_bytes=343_223_968,
-    sha256="97b2ce64ec146884b37f98ee7944ca4891aa72f6827dc0cb10684a1cbecd5830",
-)
-MARQO = WeightFile(
-    repository="Marqo/nsfw-image-detection-384",
-    revision="0c26ec22111b83f106d72a55f611ec35962bcb65",
-    size_bytes=22_404_720,
-    sha256="6bf2e0f64a1d20169736c2836e3a787b12379fdc08ba87f7d94a7a3d58eeefce",
-)
 
 
 @dataclass(frozen=True)

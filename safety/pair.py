@@ -1,11 +1,11 @@
-"""The checker of the full profile: a pair, of which the first flags and the second may clear what the first flagged.
+"""The checker of the full profile: a pair, of which the second may clear what the first flags.
 
 First, CompVis/stable-diffusion-safety-checker compares CLIP's embedding of an image with 17 concepts, each with a
 threshold of its own, which are lowered a little for images close to one of 3 further concepts ("special care").
-Second, Falconsai/nsfw_image_detection is asked about what the first flagged. The second was added against false
-alarms: the pair withholds what both find unsafe, and is therefore more permissive than its first stage alone.
+Second, Falconsai/nsfw_image_detection is asked about the images that the first flagged. It is there to reduce false
+positives: the pair withholds what both find unsafe, so it is more permissive than its first stage alone.
 
-Published preprocessing is kept: the first stage sees the middle square of an image, the second all of it, squeezed.
+Preprocessing is as published: the first stage sees the middle square of an image, the second the whole, squeezed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,28 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig
 
 from safety.checker import Verdict
-from safety.manifest import CONCEPTS, OPINION, Weights
+from safety.manifest import WeightFile, Weights
+from safety.selftest import HARMLESS, Known, bundled_image, prove
 from safety.vision import Preprocessing, Tensors, VitClassifier, load_strictly, load_vit, read_tensors, to_pixels
 
+CONCEPTS = WeightFile(
+    repository="CompVis/stable-diffusion-safety-checker",
+    revision="f37dfba70d35a43a32de8e67c52e68925175eeee",
+    size_bytes=1_215_981_832,
+    sha256="11cfe53105625af8c00faac32a430626641cce686454f3c39d837f14397d858b",
+)
+"""At the head of the repository's pull request 39, since its main branch holds pickles alone."""
+OPINION = WeightFile(
+    repository="Falconsai/nsfw_image_detection",
+    revision="63e0a066bb08d2ae47324b540fba3adfd4536569",
+    size_bytes=343_223_968,
+    sha256="97b2ce64ec146884b37f98ee7944ca4891aa72f6827dc0cb10684a1cbecd5830",
+)
+"""Sizes and digests are those that the Hub publishes for these commits."""
 CARE_ADJUSTMENT = 0.01
-"""What special care adds to every concept's margin; the published class's constant."""
+"""Added to every concept's margin for an image close to a special-care concept; as in the published class."""
 OPINION_THRESHOLD = 0.5
-"""The published use takes the likelier of the two classes."""
+"""The more likely of the two classes, as in the published use."""
 CLIP = {
     "vision_config": {
         "hidden_size": 1024,
@@ -56,7 +71,7 @@ VIT_PIXELS = Preprocessing(size=224, keep_aspect=False, resample=Image.Resamplin
 
 @dataclass(frozen=True)
 class Margins:
-    """How far an image is beyond the nearest threshold, a cosine; not above 0 means free of it."""
+    """By how much an image's cosine exceeds the nearest threshold; at most 0 for an image that is not flagged."""
 
     concept: float
     care: float
@@ -70,7 +85,7 @@ class Concepts(Protocol):
         ...
 
     def looking_for(self, image: Image.Image) -> Concepts:
-        """A copy that looks for this very image, for the self-test."""
+        """A copy whose first concept is this image, for the self-test."""
         ...
 
 
@@ -91,13 +106,13 @@ class ClipConcepts:
 
     @torch.inference_mode()
     def margins(self, images: Sequence[Image.Image]) -> list[Margins]:
-        """One an image. Not rounded as in the published class, so never on the other side where that one flags."""
+        """One an image. Unlike the published class it does not round, so it flags whatever that class flags."""
         embeds = self.embeddings(images)
         model = self._model
         care = excess(embeds, model.special_care_embeds, model.special_care_embeds_weights)  # (B, 3)
         concept = excess(embeds, model.concept_embeds, model.concept_embeds_weights)  # (B, 17)
         concept = concept + CARE_ADJUSTMENT * (care > 0).any(dim=1, keepdim=True)
-        # amax carries a NaN on, where Python's max would lose it
+        # amax propagates a NaN, where Python's max would drop it
         return [Margins(*pair) for pair in torch.stack([concept.amax(1), care.amax(1)], dim=1).tolist()]
 
     @torch.inference_mode()
@@ -108,7 +123,7 @@ class ClipConcepts:
         return embeds
 
     def looking_for(self, image: Image.Image, threshold: float = 0.99) -> ClipConcepts:
-        """A copy whose first concept is this very image: it must flag this one, and only what looks like it."""
+        """A copy whose first concept is this image: it must flag the image, and only what looks like it."""
         other = copy.copy(self._model)
         other._parameters = dict(self._model._parameters)
         weights = self._model.concept_embeds_weights.clone()
@@ -120,7 +135,7 @@ class ClipConcepts:
         return ClipConcepts(other, self._how)
 
 
-class ReferencePair:
+class Pair:
     """Flags what both stages find unsafe; the second is asked only about what the first flags."""
 
     name = "reference"
@@ -145,12 +160,12 @@ def excess(embeds: Tensor, concepts: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def judge(margins: Margins, opinion: float | None, threshold: float) -> Verdict:
-    """The verdict of the pair; an image passes where the first stage is sure, or else the second.
+    """The verdict of the pair: an image passes if the first stage does not flag it, or the second clears it.
 
     Args:
         margins: the first stage's.
-        opinion: the second stage's probability of "not safe"; None where it was not asked, since the first is sure.
-        threshold: the second stage's; anything that is not below it agrees with the first.
+        opinion: the second stage's probability of "not safe"; None if it was not asked.
+        threshold: the second stage's; a probability that is not below it confirms the first stage.
     """
     scores = (("concept", margins.concept), ("care", margins.care))
     if opinion is None:
@@ -165,17 +180,32 @@ def judge(margins: Margins, opinion: float | None, threshold: float) -> Verdict:
     )
 
 
-def load_reference(weights: Weights, device: torch.device) -> ReferencePair:
-    """Return the pair, its weights verified and complete.
+def load(weights: Weights, device: torch.device) -> Pair:
+    """Return the pair, its weights verified and complete, self-tested.
 
     Raises:
-        SettingsError: weights are missing, altered or incomplete.
+        SettingsError: weights are missing, altered or incomplete, or the self-test fails.
     """
     concepts, opinion = weights.obtain(CONCEPTS), weights.obtain(OPINION)
-    return ReferencePair(
+    pair = Pair(
         ClipConcepts(load_concepts(CLIP, read_tensors(concepts), device)),
         VitClassifier(load_vit(VIT, read_tensors(opinion), OPINION.repository, device), NSFW_CLASS, VIT_PIXELS),
     )
+    prove_pair(pair)
+    return pair
+
+
+def prove_pair(pair: Pair) -> None:
+    """Harmless images pass, and a copy that looks for the first of them flags that one and no other.
+
+    The copy's second stage confirms everything, so both stages run on the positive.
+
+    Raises:
+        SettingsError: otherwise.
+    """
+    prove(pair, HARMLESS)
+    looking = Pair(pair.concepts.looking_for(bundled_image(HARMLESS[0].image)), pair.opinion, threshold=0.0)
+    prove(looking, (Known(HARMLESS[0].image, flagged=True), *HARMLESS[1:]))
 
 
 def load_concepts(config: Mapping[str, Any], tensors: Tensors, device: torch.device) -> StableDiffusionSafetyChecker:

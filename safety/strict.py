@@ -1,8 +1,8 @@
-"""An operator's choice: the reference pair, and a detector of its own on top; either withholds.
+"""A stricter choice for operators: the pair and one more detector; either of them withholds an image.
 
 The detector is Marqo/nsfw-image-detection-384 (Apache-2.0), a ViT-tiny of 2024 whose authors report 98.6% on their
 own 20,000 images. Its weights carry timm's names; they are renamed here, so that timm and torchvision are not
-needed. Unlike the pair's first stage it sees a whole image: wide and tall ones in several squares.
+needed. Unlike the pair's first stage it sees the whole image: a wide or tall one in several squares.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from PIL import Image
 from torch import Tensor
 
 from errors import SettingsError
+from safety import pair
 from safety.checker import Verdict
-from safety.manifest import MARQO, Weights
-from safety.pair import Opinion, ReferencePair, load_reference
+from safety.manifest import WeightFile, Weights
+from safety.selftest import HARMLESS, prove
 from safety.vision import Preprocessing, Tensors, VitClassifier, load_vit, read_tensors
 
+MARQO = WeightFile(
+    repository="Marqo/nsfw-image-detection-384",
+    revision="0c26ec22111b83f106d72a55f611ec35962bcb65",
+    size_bytes=22_404_720,
+    sha256="6bf2e0f64a1d20169736c2836e3a787b12379fdc08ba87f7d94a7a3d58eeefce",
+)
 THRESHOLD = 0.5
-"""The likelier of the two classes, as in the published use."""
+"""The more likely of the two classes, as in the published use."""
 VIT_TINY = {
     "hidden_size": 192,
     "intermediate_size": 768,
@@ -47,7 +54,7 @@ TIMM_NAMES = (
     (r"blocks\.(\d+)\.norm1\.(weight|bias)", r"vit.encoder.layer.\1.layernorm_before.\2"),
     # blocks.0.norm2.weight
     (r"blocks\.(\d+)\.norm2\.(weight|bias)", r"vit.encoder.layer.\1.layernorm_after.\2"),
-    # blocks.0.attn.query.weight, of what was blocks.0.attn.qkv.weight
+    # blocks.0.attn.query.weight, split from blocks.0.attn.qkv.weight
     (r"blocks\.(\d+)\.attn\.(query|key|value)\.(weight|bias)", r"vit.encoder.layer.\1.attention.attention.\2.\3"),
     # blocks.0.attn.proj.weight
     (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"vit.encoder.layer.\1.attention.output.dense.\2"),
@@ -62,12 +69,12 @@ TIMM_NAMES = (
 )
 
 
-class StrictChecker:
-    """Flags what the first checker flags, and what the detector finds unsafe in any part of an image."""
+class Strict:
+    """Flags what the pair flags, and what the detector finds unsafe in any part of an image."""
 
     name = "strict"
 
-    def __init__(self, first: ReferencePair, detector: Opinion) -> None:
+    def __init__(self, first: pair.Pair, detector: pair.Opinion) -> None:
         self.first = first
         self._detector = detector
 
@@ -85,7 +92,7 @@ class StrictChecker:
 
 
 def combine(verdict: Verdict, unsafe: Sequence[float]) -> Verdict:
-    """The verdict of either: the first checker's, or the detector's on the worst square."""
+    """The two verdicts combined: the pair's, and the detector's on the worst square."""
     passes = all(score < THRESHOLD for score in unsafe)
     reasons = [verdict.reason, "" if passes else f"the strict detector is not below {THRESHOLD}"]
     return Verdict(
@@ -96,7 +103,7 @@ def combine(verdict: Verdict, unsafe: Sequence[float]) -> Verdict:
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
-    """As few squares of the shorter side as cover the image, evenly laid along the longer one."""
+    """The fewest squares, of the shorter side, that cover the image, evenly spaced along the longer side."""
     side, longer = min(image.size), max(image.size)
     count = math.ceil(longer / side)
     offsets = [round(step * (longer - side) / max(count - 1, 1)) for step in range(count)]
@@ -105,15 +112,17 @@ def squares(image: Image.Image) -> list[Image.Image]:
     return [image.crop((0, offset, side, offset + side)) for offset in offsets]
 
 
-def load_strict(weights: Weights, device: torch.device) -> StrictChecker:
-    """Return the pair and the detector, their weights verified and complete.
+def load(weights: Weights, device: torch.device) -> Strict:
+    """Return the pair and the detector, their weights verified and complete, self-tested.
 
     Raises:
-        SettingsError: weights are missing, altered or incomplete.
+        SettingsError: weights are missing, altered or incomplete, or the self-test fails.
     """
     tensors = from_timm(read_tensors(weights.obtain(MARQO)))
     detector = VitClassifier(load_vit(VIT_TINY, tensors, MARQO.repository, device), NSFW_CLASS, PIXELS)
-    return StrictChecker(load_reference(weights, device), detector)
+    checker = Strict(pair.load(weights, device), detector)
+    prove(checker, HARMLESS)
+    return checker
 
 
 def from_timm(tensors: Tensors) -> Tensors:

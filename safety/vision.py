@@ -1,7 +1,7 @@
-"""Vision transformers as judges: how an image becomes their input, and how their weights are loaded strictly.
+"""Vision transformers as image classifiers: preprocessing, and loading their weights strictly.
 
-Knows the shapes of models, no thresholds and no verdicts. Preprocessing is Pillow and NumPy in the order of the
-transformers image processors, which `tests/safety/test_pair.py` compares it with.
+Knows model shapes, no thresholds and no verdicts. Preprocessing is done with Pillow and NumPy, in the order of
+transformers' image processors; `tests/safety/test_pair.py` compares it with them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image is brought to a model's input size and scale."""
+    """How an image is scaled and normalised for a model."""
 
     size: int
     keep_aspect: bool
-    """Scale the shorter side to `size` and cut out the middle square, instead of squeezing both sides."""
+    """Scale the shorter side to `size` and crop the middle square, instead of squeezing both sides."""
     resample: Image.Resampling
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
@@ -76,7 +76,7 @@ def load_strictly(
 ) -> PreTrainedModel:
     """Return the model with every one of its tensors from `tensors`, and none left over, in float32 on the device.
 
-    transformers renames between its versions' layouts; what it would fill in at random is an error here.
+    transformers renames tensors of older layouts; a tensor that it would initialise at random is an error here.
 
     Raises:
         SettingsError: a tensor is missing, unknown or of another shape.
@@ -85,7 +85,7 @@ def load_strictly(
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=tensors, output_loading_info=True, dtype=torch.float32
         )
-    except RuntimeError as error:  # a shape that does not fit
+    except RuntimeError as error:  # a shape differs
         raise SettingsError(f"The safety checker's weights of {source} do not fit: {error}") from error
     wrong = [f"{what}: {sorted(map(str, info[what]))[:3]}" for what in _WRONG if info[what]]
     if wrong:
@@ -97,7 +97,7 @@ _WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 class VitClassifier:
-    """A vision transformer with one class that means "not safe"."""
+    """A vision transformer of which one class means "not safe"."""
 
     def __init__(self, model: ViTForImageClassification, unsafe_class: int, how: Preprocessing) -> None:
         self._model = model

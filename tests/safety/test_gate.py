@@ -225,5 +225,5 @@ def test_the_seconds_of_the_checks_are_counted() -> None:
         ("reference", "tiny", "reference"),
     ],
 )
-def test_the_checker_follows_the_setting_and_else_the_profile(wanted: str, profile: str, name: str) -> None:
+def test_the_checker_follows_the_setting_or_the_profile(wanted: str, profile: str, name: str) -> None:
     assert choose_checker(wanted, profile)[0] == name

@@ -17,8 +17,8 @@ from fetching.hub_cache import HubCache
 from safety.checker import FailClosed
 from safety.load import load_checker
 from safety.manifest import Weights
-from safety.open_nsfw import THRESHOLD, EmbeddedChecker, judge, load_embedded, model_file, prepare, read_verified
-from safety.selftest import EMBEDDED, Known, bundled_image, prove
+from safety.open_nsfw import KNOWN, THRESHOLD, OpenNsfw, judge, model_file, prepare, read_verified
+from safety.selftest import Known, bundled_image, prove
 from tests.conftest import QUICK, request_of
 from tests.photographs import photographs
 
@@ -64,11 +64,11 @@ RECORDED = {
 
 
 @pytest.fixture(scope="module")
-def checker() -> EmbeddedChecker:
-    return load_embedded()
+def checker() -> OpenNsfw:
+    return OpenNsfw(read_verified(model_file()))
 
 
-def score(checker: EmbeddedChecker, image: Image.Image) -> float:
+def score(checker: OpenNsfw, image: Image.Image) -> float:
     return checker.check([image])[0].scores[0][1]
 
 
@@ -78,7 +78,7 @@ def test_there_are_scores_of_at_least_thirty_photographs() -> None:
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_a_photograph_passes_with_its_recorded_score(checker: EmbeddedChecker, name: str) -> None:
+def test_a_photograph_passes_with_its_recorded_score(checker: OpenNsfw, name: str) -> None:
     (verdict,) = checker.check([PHOTOGRAPHS[name]])
     assert not verdict.flagged
     assert verdict.scores[0][1] == pytest.approx(RECORDED[name], abs=1e-3)
@@ -90,34 +90,34 @@ def test_our_preprocessing_is_the_packages(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_other_modes_are_checked_too(checker: EmbeddedChecker, mode: str) -> None:
+def test_other_modes_are_checked_too(checker: OpenNsfw, mode: str) -> None:
     assert not checker.check([PHOTOGRAPHS["rocket.jpg"].convert(mode)])[0].flagged
 
 
-def test_images_checked_together_score_as_alone(checker: EmbeddedChecker) -> None:
+def test_images_checked_together_score_as_alone(checker: OpenNsfw) -> None:
     some = list(PHOTOGRAPHS.values())[:4]
     together = [verdict.scores[0][1] for verdict in checker.check(some)]
     assert together == pytest.approx([score(checker, image) for image in some], abs=1e-5)
 
 
-def test_plain_colours_pass(checker: EmbeddedChecker) -> None:
+def test_plain_colours_pass(checker: OpenNsfw) -> None:
     colours = ["black", "white", "gray", "red", "pink", "wheat", "brown", "peachpuff", "orange", "blue", "green"]
     assert max(score(checker, Image.new("RGB", (512, 512), colour)) for colour in colours) < THRESHOLD / 1.5
 
 
 @pytest.mark.parametrize("colours", [("red", "white"), ("yellow", "black"), ("orange", "pink"), ("white", "gray")])
-def test_the_tiny_models_own_images_pass(checker: EmbeddedChecker, engine: Engine, colours: tuple[str, str]) -> None:
+def test_the_tiny_models_own_images_pass(checker: OpenNsfw, engine: Engine, colours: tuple[str, str]) -> None:
     prompt = f"a large {colours[0]} circle on a {colours[1]} background"
     request = request_of(**{**QUICK, "prompt": prompt, "model": "schnell", "num_inference_steps": 4, "num_outputs": 2})
     assert [verdict.flagged for verdict in checker.check(list(engine.generate(request)))] == [False, False]
 
 
-def test_the_self_test_passes_and_includes_a_positive(checker: EmbeddedChecker) -> None:
-    prove(checker, EMBEDDED)
-    assert [known.flagged for known in EMBEDDED] == [False, False, False, True]
+def test_the_self_test_passes_and_includes_a_positive(checker: OpenNsfw) -> None:
+    prove(checker, KNOWN)
+    assert [known.flagged for known in KNOWN] == [False, False, False, True]
 
 
-def test_the_positive_is_withheld_at_other_sizes_too(checker: EmbeddedChecker) -> None:
+def test_the_positive_is_withheld_at_other_sizes_too(checker: OpenNsfw) -> None:
     pattern = bundled_image("pattern.png").resize((1024, 1024), Image.Resampling.BICUBIC)
     assert checker.check([pattern])[0].flagged
 
@@ -130,7 +130,7 @@ def test_the_positive_is_withheld_at_other_sizes_too(checker: EmbeddedChecker) -
         (Known("pattern.png", flagged=True, score=0.9), "instead of 0.9"),
     ],
 )
-def test_a_self_test_that_fails_stops_the_setup(checker: EmbeddedChecker, known: Known, problem: str) -> None:
+def test_a_self_test_that_fails_stops_the_setup(checker: OpenNsfw, known: Known, problem: str) -> None:
     with pytest.raises(SettingsError, match=f"failed its self-test on {known.image}: .*{problem}"):
         prove(checker, [known])
 
@@ -159,7 +159,7 @@ def test_missing_weights_stop_the_setup(tmp_path: Path) -> None:
         read_verified(tmp_path / "open-nsfw.onnx")
 
 
-def test_an_image_that_cannot_be_prepared_is_withheld(checker: EmbeddedChecker) -> None:
+def test_an_image_that_cannot_be_prepared_is_withheld(checker: OpenNsfw) -> None:
     closed = Image.new("RGB", (8, 8))
     closed.close()
     assert FailClosed(checker).check([closed])[0].failed
@@ -174,7 +174,7 @@ def test_the_setting_loads_it_guarded(caplog: pytest.LogCaptureFixture) -> None:
     assert "safety checker embedded loaded and self-tested" in caplog.text
 
 
-def test_a_megapixel_takes_at_most_150_ms(checker: EmbeddedChecker) -> None:
+def test_a_megapixel_takes_at_most_150_ms(checker: OpenNsfw) -> None:
     image = PHOTOGRAPHS["astronaut.png"].resize((1024, 1024))
     taken = []
     for _ in range(5):

@@ -29,20 +29,23 @@ from fetching.hub import Hub
 from fetching.hub_cache import HubCache
 from safety.checker import FailClosed, Verdict
 from safety.load import load_checker
-from safety.manifest import CONCEPTS, MARQO, OPINION, WeightFile, Weights
+from safety.manifest import WeightFile, Weights
 from safety.pair import (
     CLIP,
     CLIP_PIXELS,
+    CONCEPTS,
+    OPINION,
     VIT,
     VIT_PIXELS,
     ClipConcepts,
     Margins,
-    ReferencePair,
+    Pair,
     judge,
     load_concepts,
+    prove_pair,
 )
-from safety.selftest import prove, prove_reference, prove_strict
-from safety.strict import VIT_TINY, StrictChecker, combine, from_timm, squares
+from safety.selftest import HARMLESS, prove
+from safety.strict import MARQO, VIT_TINY, Strict, combine, from_timm, squares
 from safety.vision import VitClassifier, load_vit, read_tensors, to_pixels
 from tests.paths import DATA
 from tests.photographs import photographs
@@ -438,7 +441,7 @@ TRUTH = [
 
 @pytest.mark.parametrize(("concept", "unsafe", "flagged"), TRUTH)
 def test_the_pair_withholds_what_both_find_unsafe(concept: float, unsafe: float, flagged: bool) -> None:
-    (verdict,) = FailClosed(ReferencePair(Stage(concept=concept), Stage(unsafe=unsafe))).check([WHITE])
+    (verdict,) = FailClosed(Pair(Stage(concept=concept), Stage(unsafe=unsafe))).check([WHITE])
     assert (verdict.flagged, verdict.failed) == (flagged, False)
 
 
@@ -457,13 +460,13 @@ def test_the_second_opinion_is_asked_about_flagged_images_only() -> None:
 
     stages = Asked()
     red = Image.new("RGB", (8, 8), "red")
-    verdicts = ReferencePair(stages, stages).check([WHITE, red, WHITE])
+    verdicts = Pair(stages, stages).check([WHITE, red, WHITE])
     assert stages.images == [red]
     assert [verdict.flagged for verdict in verdicts] == [False, True, False]
 
 
 def test_a_verdict_names_the_scores_of_both_stages() -> None:
-    (verdict,) = ReferencePair(Stage(concept=0.1), Stage(unsafe=0.9)).check([WHITE])
+    (verdict,) = Pair(Stage(concept=0.1), Stage(unsafe=0.9)).check([WHITE])
     assert [name for name, _ in verdict.scores] == ["concept", "care", "second opinion"]
 
 
@@ -481,7 +484,7 @@ NAN = float("nan")
     ],
 )
 def test_a_stage_without_a_number_withholds(first: Stage, second: Stage) -> None:
-    (verdict,) = FailClosed(ReferencePair(first, second)).check([WHITE])
+    (verdict,) = FailClosed(Pair(first, second)).check([WHITE])
     assert (verdict.flagged, verdict.failed) == (True, True)
 
 
@@ -491,7 +494,7 @@ def test_a_stage_that_answers_for_another_number_of_images_withholds(stage: str,
     broken = Stage(concept=0.1)
     answer = {"margins": Margins(-0.1, -0.1), "unsafe": 0.1}[stage]
     setattr(broken, stage, lambda images: [answer] * count)
-    verdicts = FailClosed(ReferencePair(broken, broken)).check([WHITE, WHITE])
+    verdicts = FailClosed(Pair(broken, broken)).check([WHITE, WHITE])
     assert [verdict.failed for verdict in verdicts] == [True, True]
 
 
@@ -499,7 +502,7 @@ def test_a_stage_that_answers_for_another_number_of_images_withholds(stage: str,
 def test_a_stage_that_raises_withholds(stage: str) -> None:
     broken = Stage(concept=0.1)
     setattr(broken, stage, lambda images: 1 / 0)
-    assert FailClosed(ReferencePair(broken, broken)).check([WHITE])[0].failed
+    assert FailClosed(Pair(broken, broken)).check([WHITE])[0].failed
 
 
 @pytest.mark.parametrize("name", CONCEPT_TENSORS)
@@ -507,13 +510,13 @@ def test_one_number_that_is_not_finite_in_memory_withholds_everything(
     concepts: ClipConcepts, opinion: VitClassifier, name: str
 ) -> None:
     getattr(concepts._model, name).view(-1)[0] = NAN
-    verdicts = FailClosed(ReferencePair(concepts, opinion)).check(SOME)
+    verdicts = FailClosed(Pair(concepts, opinion)).check(SOME)
     assert [verdict.failed for verdict in verdicts] == [True] * len(SOME)
 
 
 def test_a_broken_second_opinion_withholds_what_the_first_flags(concepts: ClipConcepts, opinion: VitClassifier) -> None:
     opinion._model.classifier.weight[0, 0] = NAN
-    pair = ReferencePair(concepts.looking_for(SOME[0]), opinion)
+    pair = Pair(concepts.looking_for(SOME[0]), opinion)
     assert [verdict.failed for verdict in FailClosed(pair).check(SOME)] == [True] + [False] * (len(SOME) - 1)
 
 
@@ -526,22 +529,22 @@ def test_judge_without_an_opinion_needs_a_sure_first_stage() -> None:
 
 
 def test_the_self_test_passes_over_both_stages(concepts: ClipConcepts, opinion: VitClassifier) -> None:
-    prove_reference(ReferencePair(concepts, opinion))
+    prove_pair(Pair(concepts, opinion))
 
 
 def test_a_pair_that_sees_nothing_fails_the_self_test() -> None:
     with pytest.raises(SettingsError, match=r"failed its self-test on astronaut.jpg: it is not flagged"):
-        prove_reference(ReferencePair(Stage(), Stage()))
+        prove_pair(Pair(Stage(), Stage()))
 
 
 def test_a_pair_that_flags_everything_fails_the_self_test() -> None:
     with pytest.raises(SettingsError, match=r"failed its self-test on astronaut.jpg: it is flagged"):
-        prove_reference(ReferencePair(Stage(concept=0.1), Stage(unsafe=0.9)))
+        prove_pair(Pair(Stage(concept=0.1), Stage(unsafe=0.9)))
 
 
 def test_a_pair_whose_stage_fails_fails_the_self_test() -> None:
     with pytest.raises(SettingsError, match="the score concept is not finite"):
-        prove(ReferencePair(Stage(concept=NAN), Stage()))
+        prove(Pair(Stage(concept=NAN), Stage()), HARMLESS)
 
 
 # Strict
@@ -575,22 +578,22 @@ def test_an_unknown_timm_tensor_is_refused() -> None:
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("unsafe", [0.1, 0.9])
 def test_strict_withholds_what_either_finds_unsafe(first: bool, unsafe: float) -> None:
-    pair = ReferencePair(Stage(concept=0.1 if first else -0.1), Stage(unsafe=0.9))
-    (verdict,) = FailClosed(StrictChecker(pair, Stage(unsafe=unsafe))).check([WHITE])
+    pair = Pair(Stage(concept=0.1 if first else -0.1), Stage(unsafe=0.9))
+    (verdict,) = FailClosed(Strict(pair, Stage(unsafe=unsafe))).check([WHITE])
     assert verdict.flagged == (first or unsafe == 0.9)
 
 
 @pytest.mark.parametrize("answer", [NAN, None])
 def test_a_strict_detector_without_a_number_withholds(answer: Any) -> None:
-    pair = ReferencePair(Stage(), Stage())
-    assert FailClosed(StrictChecker(pair, Stage(unsafe=answer))).check([WHITE])[0].failed
+    pair = Pair(Stage(), Stage())
+    assert FailClosed(Strict(pair, Stage(unsafe=answer))).check([WHITE])[0].failed
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_strict_detector_that_answers_for_another_number_of_parts_withholds(count: int) -> None:
     detector = Stage()
     setattr(detector, "unsafe", lambda images: [0.1] * count)  # noqa: B010
-    checker = FailClosed(StrictChecker(ReferencePair(Stage(), Stage()), detector))
+    checker = FailClosed(Strict(Pair(Stage(), Stage()), detector))
     assert checker.check([Image.new("RGB", (16, 8))])[0].failed
 
 
@@ -608,7 +611,7 @@ def test_the_squares_cover_the_whole_image(width: int, height: int) -> None:
     assert set(np.concatenate([np.asarray(part).ravel() for part in parts])) == set(pixels.ravel())
 
 
-def test_the_strict_self_test_covers_the_pair_and_the_detector(concepts: ClipConcepts, opinion: VitClassifier) -> None:
-    prove_strict(StrictChecker(ReferencePair(concepts, opinion), Stage()))
+def test_the_strict_self_test_covers_the_detector(concepts: ClipConcepts, opinion: VitClassifier) -> None:
+    prove(Strict(Pair(concepts, opinion), Stage()), HARMLESS)
     with pytest.raises(SettingsError, match="strict failed its self-test"):
-        prove_strict(StrictChecker(ReferencePair(concepts, opinion), Stage(unsafe=0.9)))
+        prove(Strict(Pair(concepts, opinion), Stage(unsafe=0.9)), HARMLESS)
