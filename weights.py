@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from errors import DiskError, DownloadError, HttpStatusError
 from fetching.containers import check_safetensors, copy_only_safetensors
+from fetching.deadline import Deadline
 from fetching.download import Downloaded, Limits, Progress, download
 from fetching.files import digest_of_file, free_bytes_of, megabytes
 from fetching.network import Client
@@ -203,9 +204,11 @@ class WeightsCache:
     def _receive(self, source: Source, file: BinaryIO) -> Downloaded:
         if source.content is not None:
             return self._store_content(source.content, file)
-        with self._client.get(source.address, dict(source.headers)) as response:
+        deadline = Deadline(self._limits.total_seconds)
+        with self._client.get(source.address, dict(source.headers), deadline=deadline) as response:
             self._store.make_room(response.length or source.size_bytes or 0)
-            return download(self._client, response, file, self._limits, _logged_progress(source.name))
+            progress = _logged_progress(source.name)
+            return download(self._client, response, file, self._limits, progress, deadline)
 
     def _store_content(self, content: bytes, file: BinaryIO) -> Downloaded:
         self._store.make_room(len(content))

@@ -1,8 +1,8 @@
-"""Fetch one large file fast and whole, into an open file. Knows no cache and no names.
+"""Download one large file, fast and complete, into an open file. Knows no cache and no references.
 
-Where the server says how long the file is and that it gives parts of it, several connections fetch 16 MiB parts side
-by side, since hosts limit each one; else a single connection fetches all. The digest is taken on the way, by a thread
-that reads behind the others. A broken connection goes on where it stopped, if the server can, or begins again.
+If the server announces the length and supports ranges, several connections fetch 16 MiB parts in parallel, since hosts
+limit the speed of each; otherwise one connection fetches everything. The digest is computed on the way by a thread that
+reads what the others have written. A broken connection is resumed if the server supports ranges, or restarted.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from errors import DiskError, DownloadError
+from fetching.deadline import SLICE_SECONDS, Deadline
 from fetching.network import BrokenConnectionError, Client, Response
 
 PART_BYTES = 16 * 2**20
 CONNECTIONS = 16
 BUFFER_BYTES = 2**20
 TRIES_A_PART = 3
-JOIN_SECONDS = 2
+JOIN_SECONDS = 0.5
+"""For all threads together to end after a failure or a cancellation; daemons end by themselves soon after."""
 SYNC_BYTES = 32 * 2**20
 
 Progress = Callable[[int, int | None], None]
-"""Called about once a second with the bytes that have come and, where it is known, how many there are."""
+"""Called about once a second with the bytes received and, if known, the total."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a download may take."""
+    """The limits of a download."""
 
     max_bytes: int = 2 * 2**30
     total_seconds: float = 600
     slowest_bytes_per_second: int = 100 * 1024
     slow_seconds: float = 30
-    """For how long it may be slower than that."""
+    """How long it may be slower than that."""
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """What came: its digest and size, and the server's own tag for it."""
+    """A finished download: digest, size, and the server's ETag."""
 
     sha256: str
     size_bytes: int
@@ -54,7 +56,7 @@ class Downloaded:
 class _Part:
     start: int
     stop: int | None
-    """None: to the end, wherever that is."""
+    """None: up to the end, as the length is unknown."""
     done: int = 0
 
     @property
@@ -66,15 +68,16 @@ class _Part:
         return self.stop is not None and self.position >= self.stop
 
 
-class _BegunAgainError(Exception):
-    """The server does not go on where it stopped: the whole file must be fetched in one piece."""
+class RestartRequired(Exception):  # noqa: N818 - an event, not a fault
+    """The server cannot resume: the whole file has to be fetched again, in one piece."""
 
 
 @dataclass
 class _Transfer:
-    """What the threads of one download share."""
+    """The state that the threads of one download share."""
 
     parts: list[_Part]
+    deadline: Deadline
     claimed: int = 0
     stopped: bool = False
     failure: BaseException | None = None
@@ -82,7 +85,7 @@ class _Transfer:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def claim(self) -> _Part | None:
-        """The next part that no one fetches yet."""
+        """The next part that no thread has taken."""
         with self.lock:
             if self.stopped or self.claimed == len(self.parts):
                 return None
@@ -90,7 +93,7 @@ class _Transfer:
             return self.parts[self.claimed - 1]
 
     def fail(self, failure: BaseException) -> None:
-        """End the download; the first failure is the one that counts."""
+        """End the download; the first failure is the one that is reported."""
         with self.lock:
             if not self.stopped:
                 self.failure = failure
@@ -98,6 +101,7 @@ class _Transfer:
 
     def stop(self) -> None:
         """Make every thread end soon."""
+        self.deadline.expire()
         with self.lock:
             self.stopped = True
             responses = list(self.open_responses)
@@ -106,7 +110,7 @@ class _Transfer:
 
     @contextmanager
     def reading(self, response: Response) -> Iterator[None]:
-        """Have `stop` wake the thread that reads this response."""
+        """Let `stop` wake the thread that reads this response."""
         with self.lock:
             self.open_responses.append(response)
         try:
@@ -128,6 +132,7 @@ def download(
     file: BinaryIO,
     limits: Limits,
     progress: Progress = lambda done, total: None,
+    deadline: Deadline | None = None,
 ) -> Downloaded:
     """Write the body of `response` into an empty `file`, flushed to the disk; closes `response`.
 
@@ -135,27 +140,28 @@ def download(
         client: makes the further connections.
         response: the answer to the first request, status 200; further ones go to its address.
         file: open for writing and reading.
-        limits: a download beyond them is given up.
-        progress: told about once a second.
+        limits: a download that exceeds them is given up.
+        progress: called about once a second.
+        deadline: a further one, such as the one that `response` was asked for under.
 
     Raises:
         DownloadError: too large, too slow, cut off, or the disk is full.
     """
-    started = time.monotonic()
+    deadline = Deadline(limits.total_seconds, deadline)
     try:
         with response:
             _refuse_oversize(response.length, limits, response.host)
-            return _Download(client, response, file, limits, progress, started).run(_split(response))
-    except _BegunAgainError:
+            return _Download(client, response, file, limits, progress, deadline).run(_split(response))
+    except RestartRequired:
         pass
     file.truncate(0)
-    with client.get(response.address, response.secret_headers) as again:
+    with client.get(response.address, response.secret_headers, deadline=deadline) as again:
         _refuse_oversize(again.length, limits, again.host)
         whole = [_Part(0, again.length)]
         try:
-            return _Download(client, again, file, limits, progress, started).run(whole)
-        except _BegunAgainError as error:
-            raise DownloadError(f"{again.host} cuts the file off again and again. Try again later.") from error
+            return _Download(client, again, file, limits, progress, deadline).run(whole)
+        except RestartRequired as error:
+            raise DownloadError(f"{again.host} cuts the file off every time. Try again later.") from error
 
 
 def _split(response: Response) -> list[_Part]:
@@ -170,7 +176,7 @@ def _gives_parts(response: Response) -> bool:
 
 
 def _validator(response: Response) -> str | None:
-    """What makes sure that two parts are of the same file."""
+    """The tag that proves that two parts belong to the same file."""
     etag = response.header("ETag")
     return etag if etag is not None and not etag.startswith("W/") else response.header("Last-Modified")
 
@@ -184,7 +190,7 @@ def _refuse_oversize(length: int | None, limits: Limits, host: str) -> None:
 
 
 class _Download:
-    """One try at one file: threads that fetch parts, one that takes the digest, and this one, which watches."""
+    """One try at one file: threads fetch parts, one computes the digest, one flushes, and the caller's watches."""
 
     def __init__(
         self,
@@ -193,21 +199,21 @@ class _Download:
         file: BinaryIO,
         limits: Limits,
         progress: Progress,
-        started: float,
+        deadline: Deadline,
     ) -> None:
         self._client = client
         self._first = response
         self._file = file
         self._limits = limits
         self._progress = progress
-        self._started = started
+        self._deadline = deadline
 
     def run(self, parts: list[_Part]) -> Downloaded:
         """Fetch every part."""
-        self._transfer = transfer = _Transfer(parts)
+        self._transfer = transfer = _Transfer(parts, Deadline(self._limits.total_seconds, self._deadline))
         digest = hashlib.sha256()
         _reserve(self._file, self._first.length)
-        # each thread has a file descriptor of its own: one that outlives this call writes into no other file
+        # each thread has its own file descriptor, so that one that outlives this call cannot write into another file
         firsts: list[Response | None] = [self._first, *[None] * (min(CONNECTIONS, len(parts)) - 1)]
         threads = [
             threading.Thread(target=self._work, args=(os.dup(self._file.fileno()), response), daemon=True)
@@ -225,24 +231,25 @@ class _Download:
                 self._watch(thread, self._first.length)
         finally:
             transfer.stop()
+            ending = Deadline(JOIN_SECONDS)
             for thread in threads:
-                thread.join(timeout=JOIN_SECONDS)
+                thread.join(timeout=ending.left())
         if transfer.failure is not None:
             raise transfer.failure
         return Downloaded(digest.hexdigest(), transfer.bytes_done(), self._first.header("ETag"))
 
     def _watch(self, last: threading.Thread, total: int | None) -> None:
         limits, transfer = self._limits, self._transfer
-        window_began, window_bytes, told = time.monotonic(), 0, time.monotonic()
+        window_began, window_bytes, last_logged = time.monotonic(), 0, time.monotonic()
         while last.is_alive():
-            last.join(timeout=0.2)
+            last.join(timeout=SLICE_SECONDS)
             now, done = time.monotonic(), transfer.bytes_done()
-            if now - told >= 1:
-                told = now
+            if now - last_logged >= 1:
+                last_logged = now
                 self._progress(done, total)
             if transfer.stopped or transfer.complete():
                 continue
-            if now - self._started > limits.total_seconds:
+            if not self._deadline.left():
                 transfer.fail(self._too_slow(f"not done after {limits.total_seconds:.0f} s"))
             elif now - window_began > limits.slow_seconds:
                 rate = (done - window_bytes) / (now - window_began)
@@ -273,7 +280,7 @@ class _Download:
                 if self._transfer.stopped:
                     return
                 if not _gives_parts(self._first):
-                    raise _BegunAgainError from None
+                    raise RestartRequired from None
                 if attempt == TRIES_A_PART - 1:
                     raise
                 response = None
@@ -281,11 +288,13 @@ class _Download:
     def _ask(self, part: _Part) -> Response:
         last = "" if part.stop is None else part.stop - 1
         headers = {"Range": f"bytes={part.position}-{last}", "If-Range": _validator(self._first) or ""}
-        answer = self._client.get(self._first.address, self._first.secret_headers, headers, accept=(200, 206))
+        answer = self._client.get(
+            self._first.address, self._first.secret_headers, headers, (200, 206), self._transfer.deadline
+        )
         began = (answer.header("Content-Range") or "").startswith(f"bytes {part.position}-")
         if answer.status != 206 or not began:
             answer.close()
-            raise _BegunAgainError
+            raise RestartRequired
         return answer
 
     def _read(self, file: int, part: _Part, response: Response) -> None:
@@ -311,7 +320,7 @@ class _Download:
 
 
 def _take_digest(file: int, transfer: _Transfer, digest: hashlib._Hash) -> None:
-    """Read behind the threads that write, in order, so that the digest is there when the last byte is."""
+    """Hash what the other threads have written, in order, so that the digest is ready with the last byte."""
     try:
         for part in transfer.parts:
             _follow(file, part, transfer, digest)
@@ -322,7 +331,7 @@ def _take_digest(file: int, transfer: _Transfer, digest: hashlib._Hash) -> None:
 
 
 def _flush(file: int, transfer: _Transfer) -> None:
-    """Let the disk have what has come now and then: all at the end would take as long as the download did."""
+    """Flush to the disk as the data arrives: flushing everything at the end takes as long as the download did."""
     flushed = 0
     try:
         while not (transfer.stopped or transfer.complete()):

@@ -5,7 +5,6 @@ No message of the library is passed on: they quote addresses, and those of the H
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from httpx2 import HTTPError
-from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, close_session, hf_hub_url, snapshot_download
 from huggingface_hub.constants import ENDPOINT, REGEX_COMMIT_OID
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -31,6 +30,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoSibling
+
+from fetching.deadline import Deadline, run_until
 
 MAIN = "main"
 ATTEMPTS = 4
@@ -128,7 +129,10 @@ class Hub:
     """None sends none, not even one that huggingface_hub would find by itself."""
     timeout_seconds: float = 10
     """Of one step of a question: connecting, or waiting for the next bytes."""
-    sleep: Callable[[float], None] = time.sleep
+    answer_seconds: float = 60
+    """Of a question with all its tries."""
+    sleep: Callable[[float], None] | None = None
+    """What waits between two tries; the default ends with `answer_seconds`."""
 
     @property
     def host(self) -> str:
@@ -185,18 +189,28 @@ class Hub:
         return HfApi(endpoint=self.endpoint, token=self.token or False)
 
     def _retried(self, call: Callable[[], T]) -> T:
-        """Call; 429, 5xx and broken connections are tried again, as the answer asks but within reason."""
-        for attempt in range(ATTEMPTS - 1):
-            try:
-                return call()
-            except HfHubHTTPError as error:
-                if error.response.status_code != 429 and error.response.status_code < 500:
-                    raise
-                wanted = error.response.headers.get("Retry-After", "")
-            except HTTPError:
-                wanted = ""
-            self.sleep(min(float(wanted), MAX_PAUSE_SECONDS) if wanted.isdecimal() else 0.5 * 2.0**attempt)
-        return call()
+        """Call; 429, 5xx and broken connections are tried again, as the answer asks but within reason.
+
+        huggingface_hub knows no limit but one a step, so a silent or dripping Hub is given up here.
+        """
+        deadline = Deadline(self.answer_seconds)
+
+        def attempts() -> T:
+            for attempt in range(ATTEMPTS - 1):
+                try:
+                    return call()
+                except HfHubHTTPError as error:
+                    if error.response.status_code != 429 and error.response.status_code < 500:
+                        raise
+                    wanted = error.response.headers.get("Retry-After", "")
+                except HTTPError:
+                    wanted = ""
+                deadline.require()
+                pause = min(float(wanted), MAX_PAUSE_SECONDS) if wanted.isdecimal() else 0.5 * 2.0**attempt
+                (self.sleep or deadline.pause)(pause)
+            return call()
+
+        return run_until(deadline, attempts, close_session)
 
     @contextmanager
     def translated(self, repository: str) -> Iterator[None]:
@@ -233,6 +247,7 @@ REFUSALS: tuple[tuple[type[Exception], Refusal], ...] = (
     (OfflineModeIsEnabled, Refusal.OFFLINE),
     (FileMetadataError, Refusal.BAD_ANSWER),
     (HTTPError, Refusal.UNREACHABLE),
+    (TimeoutError, Refusal.UNREACHABLE),
     (ConnectionError, Refusal.UNREACHABLE),
     (OSError, Refusal.DISK),
 )

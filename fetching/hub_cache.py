@@ -95,7 +95,7 @@ class HubCache:
             if error.refusal not in (Refusal.BROKEN_OFF, Refusal.BAD_ANSWER) and error.status < 500:
                 raise  # the library itself tries again where no one answers
             logger.warning("%s It is tried once more.", error)
-            self.hub.sleep(2)
+            (self.hub.sleep or time.sleep)(2)
         if (again := self.missing(missing)).files:
             self._download(again)
             if still := self.missing(again).files:

@@ -1,12 +1,14 @@
-"""HTTP to addresses that strangers name: checked before they are dialled, watched while they answer.
+"""HTTP to addresses that strangers name: each is checked before it is dialled, and each request has one deadline.
 
-http.client rather than a larger library: its body comes straight from the socket, several times faster than through a
-parser in Python, and its `connect` is the one place where an address is chosen. What is promised:
+http.client rather than a larger library: it reads bodies straight from the socket, several times faster than a parser
+in Python, and its `connect` is the one place where an IP address is chosen. What is promised:
 
-- https alone, and only to public addresses: every address that a name resolves to is looked at, and the one that was
-  looked at is the one dialled. Hosts that the operator trusts may be plain http and private.
-- Redirects are followed up to five times, each checked like the first. Secret headers stay with the host that they
-  were meant for. Proxies from the environment play no part.
+- Only https, and only public addresses: every address that a name resolves to is checked, and a checked one is dialled.
+  Hosts that the operator trusts may be plain http and private; a client for images may use plain http too.
+- Redirects are followed up to five times, each checked like the first. Secret headers are sent only to the host that
+  they are meant for. Proxies from the environment are ignored.
+- Name look-up, connection, TLS handshake, headers, redirects and all tries together end at one deadline, and a
+  cancellation ends them within a fraction of a second, wherever they are.
 - No address is repeated in a message, since it may be signed; hosts are.
 """
 
@@ -17,17 +19,22 @@ import ipaddress
 import json
 import socket
 import ssl
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from errors import DownloadError, HttpStatusError
+from fetching.deadline import Deadline, run_until
 
+ANSWER_SECONDS = 60
+"""For an answer's headers, from the name look-up on: redirects and all tries included."""
 CONNECT_SECONDS = 10
 READ_SECONDS = 30
+"""For the next bytes."""
 MAX_REDIRECTS = 5
 MAX_RETRY_SECONDS = 30
 ATTEMPTS = 4
@@ -35,15 +42,16 @@ MAX_JSON_BYTES = 8 * 2**20
 USER_AGENT = "flux-predictor"
 REDIRECTS = (301, 302, 303, 307, 308)
 NOT_PUBLIC_IPV6 = tuple(map(ipaddress.IPv6Network, ("2001::/23", "2002::/16", "2001:db8::/32", "3fff::/20")))
-"""Inside 2000::/3, but relays and documentation, which may lead to inside addresses."""
+"""Inside 2000::/3, but for relays and documentation: they may lead to private addresses."""
 
 Json = Any
+T = TypeVar("T")
 AddressInfo = tuple[Any, Any, Any, str, tuple[Any, ...]]
 Resolve = Callable[[str, int], Iterable[AddressInfo]]
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, as text, is one of the public internet and leads nowhere else."""
+    """Whether an IP address, as text, belongs to the public internet and is no relay to another network."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
         return ip.is_global and not ip.is_multicast
@@ -59,7 +67,7 @@ def resolve_host(host: str, port: int) -> Iterable[AddressInfo]:
 
 
 class Response:
-    """An answer whose body is still to be read. Close it, or use it in a `with`."""
+    """An answer whose body has not been read yet. Close it, or use it in a `with`."""
 
     def __init__(
         self,
@@ -73,7 +81,7 @@ class Response:
         self.address = address
         """The address that answered, after redirects."""
         self.secret_headers = secret_headers
-        """Those that this address was sent."""
+        """The secret headers that were sent to this address."""
         self.host = host_of(urlsplit(address))
         self.status = answer.status
 
@@ -83,15 +91,15 @@ class Response:
 
     @property
     def length(self) -> int | None:
-        """How many bytes the body is said to have."""
+        """The body's length according to the header."""
         text = self.header("Content-Length")
         return int(text) if text is not None and text.isdecimal() else None
 
     def read_some(self, limit: int) -> bytes:
-        """Return what has come, at least a byte and at most `limit`; empty at the end, maybe before `length` bytes.
+        """Return the next bytes, from 1 to `limit`; empty at the end, which may come before `length` bytes.
 
         Raises:
-            DownloadError: the connection broke or fell silent.
+            DownloadError: the connection broke, or nothing came in time.
         """
         with translated(self.host):
             return self._answer.read1(limit)
@@ -102,13 +110,11 @@ class Response:
             return self._answer.read(limit).decode("utf-8", errors="replace")
 
     def abort(self) -> None:
-        """Wake a thread that is reading: it meets the end of the body or an error."""
-        if self._connection.sock is not None:
-            with _ignored_socket_errors():
-                self._connection.sock.shutdown(socket.SHUT_RDWR)
+        """Wake a thread that is reading: it sees the end of the body or an error."""
+        _shut_down(self._connection.sock)
 
     def close(self) -> None:
-        """Give the connection up."""
+        """Close the connection."""
         self._answer.close()
         self._connection.close()
 
@@ -122,20 +128,34 @@ class Response:
 
 
 class Client:
-    """The one way out. `trusted_hosts` are "host" or "host:port" that may be plain http and private."""
+    """The one way to hosts that callers name. Keeps nothing between two requests."""
 
     def __init__(
         self,
         trusted_hosts: frozenset[str] = frozenset(),
         *,
+        plain_http: bool = False,
         tls: ssl.SSLContext | None = None,
         resolve: Resolve = resolve_host,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
+        answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
+        """Make a client.
+
+        Args:
+            trusted_hosts: "host" or "host:port" that may be plain http and private.
+            plain_http: whether any public host may be plain http.
+            tls: what certificates are verified with.
+            resolve: the name look-up.
+            sleep: what waits between two tries; the default ends with the deadline.
+            answer_seconds: how long an answer may take.
+        """
         self._trusted_hosts = trusted_hosts
+        self._plain_http = plain_http
         self._tls = tls or ssl.create_default_context()
         self._resolve = resolve
         self._sleep = sleep
+        self._answer_seconds = answer_seconds
 
     def get(
         self,
@@ -143,65 +163,90 @@ class Client:
         secret_headers: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         accept: tuple[int, ...] = (200,),
+        deadline: Deadline | None = None,
     ) -> Response:
         """GET; redirects are followed, and 429, 5xx and failed connections tried again, as the answer asks.
 
         Args:
             address: https, or http to a trusted host.
             secret_headers: sent to this address's own host alone.
-            headers: sent wherever a redirect leads.
+            headers: sent to every host that a redirect leads to.
             accept: the statuses that are an answer.
+            deadline: one that holds besides the client's own.
 
         Raises:
             HttpStatusError: another status.
-            DownloadError: the address is refused, or no one answers.
+            DownloadError: the address is refused, or no one answers in time.
         """
-        for attempt in range(ATTEMPTS):
-            try:
-                response = self._follow(address, secret_headers or {}, headers or {})
-            except BrokenConnectionError as failure:
-                if attempt == ATTEMPTS - 1:
-                    raise DownloadError(str(failure)) from failure.__cause__
-                self._sleep(_pause(attempt, None))
-                continue
-            if response.status in accept:
-                _refuse_encoding(response)
-                return response
-            with response:
-                if attempt == ATTEMPTS - 1 or not (response.status == 429 or response.status >= 500):
-                    raise _status_error(response)
-                pause = _pause(attempt, response.header("Retry-After"))
-            self._sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
+        asked = _Asked(address, secret_headers or {}, headers or {}, accept)
+        return self._within(deadline, address, lambda exchange: self._answer(asked, exchange))
 
     def get_json(self, address: str, secret_headers: Mapping[str, str] | None = None) -> Json:
-        """GET and parse JSON of at most 8 MiB.
+        """GET and parse JSON of at most 8 MiB, the body within the same time as the headers.
 
         Raises:
             HttpStatusError: any status but 200.
-            DownloadError: as for `get`, or what came is no JSON.
+            DownloadError: as for `get`, or the answer is not JSON.
         """
-        with self.get(address, secret_headers, {"Accept": "application/json"}) as response:
-            text = response.read_text(MAX_JSON_BYTES + 1)
+        asked = _Asked(address, secret_headers or {}, {"Accept": "application/json"}, (200,))
+
+        def read(exchange: _Exchange) -> tuple[str, str]:
+            with self._answer(asked, exchange) as response:
+                return response.host, response.read_text(MAX_JSON_BYTES + 1)
+
+        host, text = self._within(None, address, read)
         try:
             if len(text) > MAX_JSON_BYTES:
                 raise ValueError("too long")
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DownloadError(f"{response.host} answered with something that is no JSON. Try again later.") from error
+            raise DownloadError(f"{host} answered with something that is not JSON. Try again later.") from error
 
-    def _follow(self, address: str, secret_headers: Mapping[str, str], headers: Mapping[str, str]) -> Response:
+    def _within(self, deadline: Deadline | None, address: str, work: Callable[[_Exchange], T]) -> T:
+        """Run one exchange in a thread of its own, so that a deadline or a cancellation ends it at any point."""
+        own = Deadline(self._answer_seconds, deadline)
+        exchange = _Exchange(own)
+        try:
+            return run_until(own, lambda: work(exchange), exchange.abort)
+        except TimeoutError as error:
+            host = host_of(_split(address))
+            raise DownloadError(f"{host} did not answer within {own.elapsed():.0f} s. Try again later.") from error
+
+    def _answer(self, asked: _Asked, exchange: _Exchange) -> Response:
+        for attempt in range(ATTEMPTS):
+            pause = 0.5 * 2.0**attempt
+            try:
+                response = self._follow(asked.address, asked.secret_headers, asked.headers, exchange)
+            except BrokenConnectionError as failure:
+                exchange.deadline.require()
+                if attempt == ATTEMPTS - 1 or pause >= exchange.deadline.left():
+                    raise DownloadError(str(failure)) from failure.__cause__
+            else:
+                if response.status in asked.accept:
+                    _refuse_encoding(response)
+                    return response
+                with response:
+                    pause = _retry_after(response) or pause
+                    busy = response.status == 429 or response.status >= 500
+                    if not busy or attempt == ATTEMPTS - 1 or pause >= exchange.deadline.left():
+                        raise _status_error(response)
+            (self._sleep or exchange.deadline.pause)(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _follow(
+        self, address: str, secret_headers: Mapping[str, str], headers: Mapping[str, str], exchange: _Exchange
+    ) -> Response:
         origin = _split(address)
         for _ in range(MAX_REDIRECTS + 1):
             parts = self._checked(address)
             same_host = (parts.scheme, parts.netloc) == (origin.scheme, origin.netloc)
-            response = self._request(parts, secret_headers if same_host else {}, headers)
+            response = self._request(parts, secret_headers if same_host else {}, headers, exchange)
             target = response.header("Location")
             if response.status not in REDIRECTS or target is None:
                 return response
             response.close()
             if not same_host:
-                secret_headers = {}  # a way back to the first host gets none either
+                secret_headers = {}  # a redirect back to the first host gets none either
             address = _joined(address, target)
         raise DownloadError(
             f"{host_of(origin)} redirects more than {MAX_REDIRECTS} times. Give the file's own address."
@@ -210,10 +255,10 @@ class Client:
     def _checked(self, address: str) -> SplitResult:
         parts = _split(address)
         if parts.username is not None or parts.password is not None:
-            raise DownloadError(f"The address of {host_of(parts)} carries a user name or password. Leave them out.")
+            raise DownloadError(f"The address of {host_of(parts)} contains a user name or password. Leave them out.")
         if not parts.hostname or parts.scheme not in ("https", "http"):
-            raise DownloadError("The address is no web address. Give an https address.")
-        if parts.scheme == "http" and not self._is_trusted(parts):
+            raise DownloadError("The address is not a web address. Give an https address.")
+        if parts.scheme == "http" and not (self._plain_http or self._is_trusted(parts)):
             raise DownloadError(f"The address of {host_of(parts)} is plain http. Give an https address.")
         return parts
 
@@ -221,14 +266,15 @@ class Client:
         host = (parts.hostname or "").lower()
         return host in self._trusted_hosts or f"{host}:{_port(parts)}" in self._trusted_hosts
 
-    def _request(self, parts: SplitResult, secrets: Mapping[str, str], headers: Mapping[str, str]) -> Response:
+    def _request(
+        self, parts: SplitResult, secrets: Mapping[str, str], headers: Mapping[str, str], exchange: _Exchange
+    ) -> Response:
         host, port = _ascii_host(parts), _port(parts)
         addresses = self._addresses(host, port, public_only=not self._is_trusted(parts))
         tls = self._tls if parts.scheme == "https" else None
-        connection = _CheckedConnection(host, port, addresses, tls)
-        target = quote(parts.path or "/", safe=_SAFE)
-        if parts.query:
-            target += "?" + quote(parts.query, safe=_SAFE)
+        exchange.deadline.require()
+        connection = _CheckedConnection(host, port, addresses, tls, exchange)
+        target = escaped(parts.path or "/") + (f"?{escaped(parts.query)}" if parts.query else "")
         sent = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **headers, **secrets}
         try:
             with translated(host_of(parts)):
@@ -244,27 +290,65 @@ class Client:
         except (OSError, UnicodeError) as error:
             busy = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
             kind = BrokenConnectionError if busy else DownloadError
-            raise kind(f"The host {host} is not known. Check the address.") from error
+            raise kind(f"The host {host} cannot be found. Check the address.") from error
         if public_only and not (found and all(is_public(str(info[4][0])) for info in found)):
             raise DownloadError(f"The host {host} is not on the public internet. Give a public https address.")
         return found
 
 
-_SAFE = "%/:=&?~+!$,;'@()*[]"
-"""What an address's path and query may hold as it is."""
+def escaped(text: str) -> str:
+    """A path or query with spaces and non-ASCII characters percent-encoded; what is encoded already stays so."""
+    return quote(text, safe="%/:=&?~+!$,;'@()*[]")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked for."""
+
+    address: str
+    secret_headers: Mapping[str, str]
+    headers: Mapping[str, str]
+    accept: tuple[int, ...]
+
+
+class _Exchange:
+    """One request with its redirects and tries: its deadline, and the socket in use, which another thread may shut."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def use(self, connected: socket.socket) -> None:
+        """Let `abort` shut this socket down."""
+        with self._lock:
+            self._socket = connected
+        self.deadline.require()
+
+    def abort(self) -> None:
+        """Wake the thread that is connecting, shaking hands or reading."""
+        with self._lock:
+            _shut_down(self._socket)
 
 
 class BrokenConnectionError(DownloadError):
-    """No answer came, or it broke off; another try may bring it."""
+    """No answer came, or it broke off; another try may succeed."""
 
 
 class _CheckedConnection(http.client.HTTPConnection):
     """A connection to one of the given addresses, under the host's own name."""
 
-    def __init__(self, host: str, port: int, addresses: list[AddressInfo], tls: ssl.SSLContext | None) -> None:
-        default_port = 443 if tls else 80
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        addresses: list[AddressInfo],
+        tls: ssl.SSLContext | None,
+        exchange: _Exchange,
+    ) -> None:
         super().__init__(host, port, timeout=READ_SECONDS)
-        self.default_port = default_port  # left out of the Host header
+        self.default_port = 443 if tls else 80  # left out of the Host header
+        self._exchange = exchange
         self._addresses = addresses
         self._tls = tls
 
@@ -273,11 +357,15 @@ class _CheckedConnection(http.client.HTTPConnection):
         raw = self._dial()
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.sock = self._tls.wrap_socket(raw, server_hostname=self.host) if self._tls else raw
+            raw.settimeout(READ_SECONDS)
+            self.sock = raw
+            if self._tls is not None:  # registered before the handshake, so that it can be woken
+                self.sock = self._tls.wrap_socket(raw, server_hostname=self.host, do_handshake_on_connect=False)
+                self._exchange.use(self.sock)
+                self.sock.do_handshake()
         except BaseException:
-            raw.close()
+            (self.sock or raw).close()
             raise
-        self.sock.settimeout(READ_SECONDS)
 
     def _dial(self) -> socket.socket:
         failure: OSError | None = None
@@ -285,11 +373,13 @@ class _CheckedConnection(http.client.HTTPConnection):
             raw = socket.socket(family, kind, protocol)
             raw.settimeout(CONNECT_SECONDS)
             try:
+                self._exchange.use(raw)
                 raw.connect(address)
                 return raw
             except OSError as error:
                 raw.close()
                 failure = error
+                self._exchange.deadline.require()
         raise failure or OSError("no address")
 
 
@@ -303,20 +393,19 @@ def translated(host: str) -> Iterator[None]:
     except TimeoutError as error:
         raise BrokenConnectionError(f"{host} did not answer in time. Try again later.") from error
     except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
-        # ValueError and AttributeError: the answer was closed by another thread while it was read
+        # ValueError, AttributeError: another thread closed the answer while it was read
         raise BrokenConnectionError(f"The connection to {host} failed. Try again later.") from error
 
 
-@contextmanager
-def _ignored_socket_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        return
+def _shut_down(connected: socket.socket | None) -> None:
+    """Wake whatever thread uses a socket."""
+    if connected is not None:
+        with suppress(OSError):
+            connected.shutdown(socket.SHUT_RDWR)
 
 
 def host_of(parts: SplitResult) -> str:
-    """The host of an address, for messages; no user, no port unless one is given."""
+    """The host of an address for messages: without user, with the port if one is given."""
     return parts.netloc.rpartition("@")[2][:100]
 
 
@@ -326,14 +415,16 @@ def _split(address: str) -> SplitResult:
         _ = parts.port  # raises where it is no port
         return parts
     except ValueError as error:
-        raise DownloadError("The address cannot be read as one. Give an https address.") from error
+        raise DownloadError("The address cannot be parsed. Give an https address.") from error
 
 
 def _joined(address: str, target: str) -> str:
     try:
         return urljoin(address, target)
     except ValueError as error:
-        raise DownloadError("A redirect leads to no address. Give the file's own address.") from error
+        raise DownloadError(
+            "A redirect leads to something that is not an address. Give the file's own address."
+        ) from error
 
 
 def _port(parts: SplitResult) -> int:
@@ -345,14 +436,13 @@ def _ascii_host(parts: SplitResult) -> str:
     try:
         return host if host.isascii() else host.encode("idna").decode()
     except UnicodeError as error:
-        raise DownloadError(f"The host {host[:100]} is no host name. Check the address.") from error
+        raise DownloadError(f"The host {host[:100]} is not a host name. Check the address.") from error
 
 
-def _pause(attempt: int, retry_after: str | None) -> float:
-    """Seconds to wait before the next try: what the server asks for, at most 30, else 0.5, 1, 2."""
-    if retry_after is not None and retry_after.strip().isdecimal():
-        return min(float(retry_after), MAX_RETRY_SECONDS)
-    return 0.5 * 2.0**attempt
+def _retry_after(response: Response) -> float | None:
+    """The seconds that a busy server asks to wait, at most 30."""
+    asked = (response.header("Retry-After") or "").strip()
+    return min(float(asked), MAX_RETRY_SECONDS) if asked.isdecimal() else None
 
 
 def _refuse_encoding(response: Response) -> None:
@@ -360,8 +450,8 @@ def _refuse_encoding(response: Response) -> None:
     if encoding not in ("", "identity"):
         response.close()
         raise DownloadError(
-            f"{response.host} sends the file in {encoding[:20]} encoding, though the file itself was asked for. "
-            "Give an address that serves the file as it is."
+            f"{response.host} sends the file in {encoding[:20]} encoding, which is not accepted. "
+            "Give an address that serves the file unencoded."
         )
 
 

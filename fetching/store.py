@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from errors import DiskError
+from fetching.deadline import SLICE_SECONDS
 from fetching.files import VERIFIED_MTIME_NS, digest_of_file, free_bytes_of, megabytes
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ class Store:
     def one_at_a_time(self, line: Path) -> Iterator[None]:
         """Wait until no other thread or process brings what this line of the index is about."""
         with (self._locks / f"{line.name[:2]}.lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _locked(file):
+                time.sleep(SLICE_SECONDS)  # a blocking flock would not let a cancellation through
             yield
 
     def hold(self, entry: Entry) -> BinaryIO | None:
@@ -216,9 +218,7 @@ class Store:
     def _evict(self, file: StoredFile) -> bool:
         """Remove a file unless somebody holds it; whether it is gone."""
         with suppress(FileNotFoundError), file.path.open("rb") as blob:
-            try:
-                fcntl.flock(blob, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _locked(blob):
                 return False
             file.path.unlink(missing_ok=True)
             logger.info("removed the least recently used file, %s", megabytes(file.size_bytes))
@@ -246,6 +246,15 @@ def closed_on_error(file: BinaryIO) -> Iterator[None]:
     except BaseException:
         file.close()
         raise
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Lock a file unless another process holds it; whether it is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

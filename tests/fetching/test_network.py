@@ -117,11 +117,11 @@ def test_the_address_that_was_looked_at_is_the_one_dialled(near: Storage) -> Non
     ("address", "found"),
     [
         ("http://example.com/x", "plain http"),
-        ("ftp://example.com/x", "no web address"),
+        ("ftp://example.com/x", "not a web address"),
         ("https://user:secret@example.com/x", "user name or password"),
-        ("https:///x", "no web address"),
-        ("https://[::1/x", "cannot be read"),
-        ("https://a.example:99999/x", "cannot be read"),
+        ("https:///x", "not a web address"),
+        ("https://[::1/x", "cannot be parsed"),
+        ("https://a.example:99999/x", "cannot be parsed"),
     ],
 )
 def test_an_address_that_is_refused_says_why(address: str, found: str) -> None:
@@ -229,7 +229,7 @@ def test_json_is_parsed_and_anything_else_refused(near: Storage, client: Client)
     near.first += [json_reply({"a": 1}), HTML_WITH_200, Reply(body=b"[" * 100_000)]
     assert client.get_json(f"{near.address}/x") == {"a": 1}
     for _ in range(2):
-        with pytest.raises(DownloadError, match="no JSON"):
+        with pytest.raises(DownloadError, match="not JSON"):
             client.get_json(f"{near.address}/x")
 
 
