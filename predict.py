@@ -21,6 +21,7 @@ from lora_loading.finding.tokens import Tokens
 from request import GenerationRequest, build_request
 from safety.gate import Gate
 from settings import Settings
+from uploads import Uploads, defer_downloads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +49,7 @@ class Predictor(BasePredictor):
         from engine.start import start_engine
         from fetching.hub import Hub
         from fetching.hub_cache import HubCache
+        from fetching.network import Client
         from lora_loading.finding.store import open_store
         from lora_loading.reading.adapter_cache import AdapterCache
         from safety.load import choose_checker, load_checker
@@ -63,6 +65,8 @@ class Predictor(BasePredictor):
         self.checker = load_checker(checker, weights, device)  # first: it fails within seconds
         self.safety_required = settings.safety_required
         self.loras = open_store(settings)
+        defer_downloads()
+        self.uploads = Uploads(Client(settings.trusted_hosts, plain_http=True))
         self.plain_http_hosts = settings.trusted_hosts
         self.adapters = AdapterCache(ADAPTER_CACHE_BYTES)
         profiles = model_profiles(profile, settings)
@@ -182,30 +186,31 @@ class Predictor(BasePredictor):
         try:
             started = time.monotonic()
             refuse_unchecked(disable_safety_checker, self.safety_required)
-            request = build_request(
-                prompt=prompt,
-                image=uploaded(image, "image"),
-                mask=uploaded(mask, "mask"),
-                aspect_ratio=aspect_ratio,
-                height=height,
-                width=width,
-                prompt_strength=prompt_strength,
-                model=model,
-                num_outputs=num_outputs,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                seed=seed,
-                output_format=output_format,
-                output_quality=output_quality,
-                go_fast=go_fast,
-                megapixels=megapixels,
-                replicate_weights=replicate_weights,
-                lora_scale=lora_scale,
-                extra_lora=extra_lora,
-                extra_lora_scale=extra_lora_scale,
-                default_lora=self.loras.default_lora,
-                plain_http_hosts=self.plain_http_hosts,
-            )
+            with self.uploads.fetched(image, mask) as (image_file, mask_file):
+                request = build_request(
+                    prompt=prompt,
+                    image=image_file,
+                    mask=mask_file,
+                    aspect_ratio=aspect_ratio,
+                    height=height,
+                    width=width,
+                    prompt_strength=prompt_strength,
+                    model=model,
+                    num_outputs=num_outputs,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    seed=seed,
+                    output_format=output_format,
+                    output_quality=output_quality,
+                    go_fast=go_fast,
+                    megapixels=megapixels,
+                    replicate_weights=replicate_weights,
+                    lora_scale=lora_scale,
+                    extra_lora=extra_lora,
+                    extra_lora_scale=extra_lora_scale,
+                    default_lora=self.loras.default_lora,
+                    plain_http_hosts=self.plain_http_hosts,
+                )
             self._announce(request)
             stack = self._adapters(request, hf_api_token, civitai_api_token)
             folder = self.outputs.fresh()
@@ -326,20 +331,3 @@ def revealed(secret: Optional[Secret]) -> Optional[str]:
     """The value of a secret input; None when absent or blank."""
     text = None if secret is None else secret.get_secret_value()
     return (text or "").strip() or None
-
-
-def uploaded(file: Optional[pathlib.Path], name: str) -> Optional[pathlib.Path]:
-    """Return the path of an input file that Cog stored in the temporary folder.
-
-    Cog passes text that is not a URL through unchanged, so it could name any file on the server.
-
-    Raises:
-        InputError: `file` is text, or lies outside the temporary folder.
-    """
-    if file is None:
-        return None
-    if isinstance(file, pathlib.Path):
-        path = pathlib.Path(file).resolve()
-        if path.is_file() and path.is_relative_to(pathlib.Path(tempfile.gettempdir()).resolve()):
-            return path
-    raise InputError(f"{name} is not an uploaded file. Give an http(s) address or a data URI of an image.")

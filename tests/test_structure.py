@@ -15,6 +15,7 @@ ROOMS = (
     "logs",
     "images",
     "fetching",
+    "uploads",
     "weights",
     "lora_loading.shapes",
     "lora_loading.updates",

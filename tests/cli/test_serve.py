@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,8 +24,9 @@ from PIL import Image
 
 from cli.serve import start_server, stop_server, wait_until_ready
 from tests.conftest import QUICK
+from tests.hostile import Behaviour, HostileHost, dripping_headers, hostile_host, silent
 from tests.paths import PROJECT
-from tests.services import Storage, StoredFile
+from tests.services import Reply, Storage, StoredFile
 
 PROMPT = {"prompt": "a red circle on a white background"}
 SLOW = {**PROMPT, **QUICK, "width": 512, "height": 512, "num_inference_steps": 50, "num_outputs": 4}
@@ -71,12 +73,22 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def client(lora_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def hostile() -> Iterator[dict[Behaviour, HostileHost]]:
+    """Misbehaving hosts, trusted by the server so that they are reached at all."""
+    with ExitStack() as stack:
+        yield {behave: stack.enter_context(hostile_host(behave)) for behave in (silent, dripping_headers)}
+
+
+@pytest.fixture(scope="module")
+def client(
+    lora_storage: Storage, hostile: dict[Behaviour, HostileHost], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
     port = free_port()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("FLUX_CACHE_DIR", str(tmp_path_factory.mktemp("server-cache")))
         environment.setenv("FLUX_CACHE_MIN_FREE_GB", "0")
-        environment.setenv("FLUX_TRUSTED_HOSTS", lora_storage.authority)
+        trusted = [lora_storage.authority, *(host.authority for host in hostile.values())]
+        environment.setenv("FLUX_TRUSTED_HOSTS", ",".join(trusted))
         server = start_server("127.0.0.1", port)
     try:
         assert wait_until_ready(server, "127.0.0.1", port, 120) == "READY"
@@ -213,6 +225,45 @@ def test_an_image_and_a_mask_come_as_data_uris(client: Client, scene_image: Imag
     with Image.open(io.BytesIO(decode(answer["output"][0])[1])) as image:
         kept = (40, 0, 256, 256)
         assert image.crop(kept).tobytes() == scene_image.crop(kept).tobytes()
+
+
+def test_an_image_comes_from_an_address(client: Client, lora_storage: Storage, scene_image: Image.Image) -> None:
+    address = lora_storage.put("/scene.png", StoredFile(decode(data_uri(scene_image))[1]))
+    by_address = client.predict(image=address, prompt_strength=0.9)
+    assert by_address["output"] == client.predict(image=data_uri(scene_image), prompt_strength=0.9)["output"]
+
+
+@pytest.mark.parametrize("name", ["image", "replicate_weights"])
+def test_no_address_leads_to_this_machine(client: Client, lora_storage: Storage, name: str) -> None:
+    with Storage("127.0.0.1") as inside:
+        address = inside.put("/x.safetensors", StoredFile(b"inside"))
+        redirect = Reply(302, {"Location": f"{address}?signature=canary"})
+        lora_storage.put("/redirect.safetensors", StoredFile(b"", first=[redirect]))
+        for asked in (f"{address}?signature=canary", f"{lora_storage.address}/redirect.safetensors"):
+            answer = client.predict(**{name: asked})
+            assert answer["status"] == "failed"
+            assert "canary" not in answer["error"] + answer["logs"]
+        assert inside.requests == []
+
+
+@pytest.mark.parametrize("name", ["image", "replicate_weights"])
+@pytest.mark.parametrize("behave", [silent, dripping_headers])
+def test_a_cancellation_frees_the_slot_within_a_second_of_a_bad_host(
+    client: Client, name: str, behave: Behaviour, hostile: dict[Behaviour, HostileHost]
+) -> None:
+    golden = client.predict()["output"]
+    client.wait_for_slot()
+    inputs = {**PROMPT, **QUICK, name: f"http://{hostile[behave].authority}/x.safetensors"}
+    asked, before = f"{name}-{behave.__name__}", len(hostile[behave].connections)
+    assert client.call("PUT", f"/predictions/{asked}", {"input": inputs}, Prefer="respond-async")[0] == 202
+    deadline = time.monotonic() + 20
+    while len(hostile[behave].connections) == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started = time.monotonic()
+    assert client.call("POST", f"/predictions/{asked}/cancel")[0] == 200
+    client.wait_for_slot()
+    assert time.monotonic() - started < 1
+    assert client.predict()["output"] == golden
 
 
 def test_put_creates_a_prediction_of_that_name(client: Client) -> None:

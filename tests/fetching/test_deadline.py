@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fetching.deadline import Deadline, run_until
 from fetching.download import Limits, download
 from fetching.hub import Hub, HubError, Refusal
 from fetching.network import Client
+from tests.cancelling import cancelled_after
 from tests.hostile import (
     Behaviour,
     HostileHost,
@@ -31,34 +31,6 @@ from weights import Source, WeightsCache
 
 LIMIT = 1.0
 """Seconds of the deadline in these tests."""
-
-
-class Cancelled(BaseException):
-    """What Cog raises in the prediction's thread."""
-
-
-def cancelled_after(seconds: float, work: Callable[[], object]) -> float:
-    """Raise in the thread that works, as Cog does, and return how long it took to get through."""
-    ended: list[float] = []
-    started = threading.Event()
-
-    def run() -> None:
-        started.set()
-        try:
-            work()
-        except Cancelled:
-            ended.append(time.monotonic())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    started.wait()
-    time.sleep(seconds)
-    raised = time.monotonic()
-    assert thread.ident is not None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Cancelled))
-    thread.join(10)
-    assert ended, "the cancellation was not raised within 10 s"
-    return ended[0] - raised
 
 
 def network_threads() -> int:
