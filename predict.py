@@ -4,10 +4,11 @@ Cog generates the schema by parsing this file, not by running it: every argument
 description is one plain string. `tests/test_predict_syntax.py` checks that.
 """
 
+import atexit
 import logging
 import os
 import pathlib
-import tempfile
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 from cog import BasePredictor, Input, Path, Secret
 
 from errors import InputError, PredictionError
+from fetching.files import temporary_name
 from images import encode
 from logs import configure_logging
 from lora_loading.finding.tokens import Tokens
@@ -43,6 +45,7 @@ class Predictor(BasePredictor):
         started = time.monotonic()
         settings = Settings.from_env(os.environ)
         # imported here: torch takes seconds, and configure_logging must run first
+        from engine.compilation import torch_folder
         from engine.device import choose_device
         from engine.model_folders import fetch_profiles
         from engine.profiles import choose_profile, model_profiles
@@ -69,6 +72,8 @@ class Predictor(BasePredictor):
         self.uploads = Uploads(Client(settings.trusted_hosts, plain_http=True))
         self.plain_http_hosts = settings.trusted_hosts
         self.adapters = AdapterCache(ADAPTER_CACHE_BYTES)
+        torch_cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(torch_folder(torch_cache, settings.cache_dir))
         profiles = model_profiles(profile, settings)
         profiles = fetch_profiles(profiles, models)
         self.engine = start_engine(profiles, settings, device)
@@ -270,18 +275,20 @@ class OutputFolder:
     """The temporary folder of the current prediction's files; removed at the next prediction and at exit."""
 
     def __init__(self) -> None:
-        self._current: Optional[tempfile.TemporaryDirectory[str]] = None
+        self._current: Optional[pathlib.Path] = None
+        atexit.register(self.clear)
 
     def fresh(self) -> pathlib.Path:
         """Remove the current folder and return a new, empty one with a unique name."""
         self.clear()
-        self._current = tempfile.TemporaryDirectory(prefix="flux-")
-        return pathlib.Path(self._current.name)
+        self._current = temporary_name("flux-")
+        self._current.mkdir(mode=0o700)
+        return self._current
 
     def clear(self) -> None:
         """Remove the current folder with its files."""
         if self._current is not None:
-            self._current.cleanup()
+            shutil.rmtree(self._current, ignore_errors=True)
         self._current = None
 
 

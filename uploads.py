@@ -26,6 +26,7 @@ import cog.types
 from errors import DownloadError, HttpStatusError, InputError
 from fetching.deadline import Deadline
 from fetching.download import Limits, download
+from fetching.files import temporary_folder
 from fetching.network import Client
 from images import MAX_FILE_BYTES
 
@@ -84,9 +85,8 @@ class Uploads:
             DownloadError: the address is refused, or the file cannot be fetched.
         """
         deadline = Deadline(self._total_seconds)
-        with tempfile.TemporaryDirectory(prefix="flux-input-") as folder:
-            files = pathlib.Path(folder) / "image", pathlib.Path(folder) / "mask"
-            yield self._file(image, files[0], deadline), self._file(mask, files[1], deadline)
+        with temporary_folder("flux-input-") as folder:
+            yield self._file(image, folder / "image", deadline), self._file(mask, folder / "mask", deadline)
 
     def _file(self, given: object, target: pathlib.Path, deadline: Deadline) -> pathlib.Path | None:
         if given is None:

@@ -23,12 +23,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,8 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
+from errors import SettingsError
+from fetching.files import private_folder, require_private, write_atomically
 from request import Size
 
 logger = logging.getLogger(__name__)
@@ -69,11 +68,34 @@ def compile_blocks(transformer: FluxTransformer2DModel, backend: str | Callable[
             block.compile(fullgraph=True, dynamic=True, backend=backend, recompile_limit=MAX_GRAPHS)
 
 
+def torch_folder(named: str | None, cache_dir: Path) -> Path:
+    """The folder in which torch keeps and finds the code that it compiles; only this user can write to it.
+
+    torch's own default is /tmp/torchinductor_<user>, which another user may have made first, with code in it.
+
+    Args:
+        named: the operator's TORCHINDUCTOR_CACHE_DIR.
+        cache_dir: where the folder is made otherwise.
+
+    Raises:
+        SettingsError: other users can write to it, or it cannot be made.
+    """
+    folder = Path(named) if named else cache_dir.expanduser() / "torch"
+    try:
+        return private_folder(folder)
+    except OSError as error:
+        raise SettingsError(
+            f"torch cannot keep compiled code in {folder}: {error.strerror}. Set TORCHINDUCTOR_CACHE_DIR to a folder "
+            "that only this user can write to."
+        ) from error
+
+
 class CompileCache:
     """Compiled graphs in one file, for the next process; one file for each combination of versions and device.
 
     A missing or damaged file, or one that cannot be read or written, is logged in one line and the graphs are compiled
-    again: this class raises nothing. The file holds pickles, which torch executes: its folder is made with mode 0700.
+    again: this class raises nothing. The file holds pickles, which torch executes, so it is read from a private folder
+    alone, one that no other user can write to.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -85,6 +107,7 @@ class CompileCache:
         """Load what another process compiled, before the first compilation. Returns whether a file was loaded."""
         started = time.monotonic()
         try:
+            require_private(self._file.parent)
             kept = self._file.read_bytes()
             artifacts = kept[SEAL_BYTES:]
             sound = kept[:SEAL_BYTES] == _seal(artifacts)
@@ -92,8 +115,9 @@ class CompileCache:
         except FileNotFoundError:
             logger.info("compiled graphs: no file for this device and these versions, so they are compiled now")
             return False
-        except OSError as error:
-            logger.warning("compiled graphs: cannot be loaded, so they are compiled again: %s", error)
+        except Exception as error:  # of the disk, a folder that others can write to, and whatever unpickling raises
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+            logger.warning("compiled graphs: cannot be loaded, so they are compiled again: %s", reason)
             return False
         if info is None:
             logger.warning("compiled graphs: %s is damaged, so they are compiled again", self._file.name)
@@ -110,11 +134,12 @@ class CompileCache:
             return
         artifacts, info = made
         try:
-            _write_whole(self._file, _seal(artifacts) + artifacts)
+            write_atomically(private_folder(self._file.parent) / self._file.name, _seal(artifacts) + artifacts)
             for other in {*self._file.parent.glob("*.graphs"), *self._file.parent.glob("*.partial")} - {self._file}:
                 other.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning("compiled graphs: cannot be written, so the next start compiles them again: %s", error)
+            reason = error.strerror or type(error).__name__
+            logger.warning("compiled graphs: cannot be written, so the next start compiles them again: %s", reason)
             return
         self._loaded = info.artifacts
         logger.info("compiled graphs: %.1f MB written for the next start", len(artifacts) / 1e6)
@@ -146,22 +171,3 @@ def _version(package: str) -> str:
 
 def _digest(facts: Mapping[str, str]) -> str:
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one step: a temporary file is renamed to it.
-
-    Raises:
-        OSError: it cannot be written; the temporary file is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise

@@ -1,16 +1,83 @@
-"""What everything that keeps files on this disk shares: whole writes, free space, digests, sizes in words."""
+"""What everything that keeps files on this disk shares: private folders, atomic writes, free space, digests, sizes."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import secrets
 import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+logger = logging.getLogger(__name__)
+
 VERIFIED_MTIME_NS = 1_577_836_800 * 10**9
-"""Sentinel modification time of every file whose digest was verified; any other time means that the file is new or was
-modified, and has to be hashed."""
+"""Sentinel modification time of a file in the Hub's cache whose digest was verified; any other time means that the file
+is new or was modified, and has to be hashed."""
+
+
+class SharedFolderError(OSError):
+    """A folder that other users can write to, and so one whose content cannot be trusted; `strerror` says why."""
+
+
+def private_folder(folder: Path) -> Path:
+    """Return the folder, created with mode 0700 if needed, after making sure that only this user can write to it.
+
+    Raises:
+        SharedFolderError: it belongs to another user, or others can write to it.
+        OSError: it cannot be created.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    require_private(folder)
+    return folder
+
+
+def require_private(folder: Path) -> None:
+    """Make sure that a folder belongs to this user and that no other user can write to it.
+
+    Raises:
+        SharedFolderError: it does not, or others can.
+        FileNotFoundError: there is none.
+    """
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise SharedFolderError(None, f"it belongs to another user (uid {found.st_uid})", str(folder))
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(found.st_mode)
+        raise SharedFolderError(None, f"other users can write to it (mode {mode:04o})", str(folder))
+    for above in folder.resolve().parents:
+        if replaceable_by_others(above):
+            logger.warning("%s: other users can rename what is in it, %s included", above, folder.name)
+
+
+def replaceable_by_others(folder: Path) -> bool:
+    """Whether every user can rename or remove what others keep in a folder: world-writable without the sticky bit."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+
+
+def temporary_name(prefix: str) -> Path:
+    """A path in the temporary folder that no one else can guess, for a folder that is made next.
+
+    Unlike tempfile.mkdtemp it is known before the folder is made: a cancellation may arrive right after the making.
+    """
+    return Path(tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(8)}"
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder for this user alone, removed at the end with all that is in it."""
+    folder = temporary_name(prefix)
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

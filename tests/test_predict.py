@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from errors import InputError, LoraError, ModelError
-from predict import Predictor
+from fetching.files import temporary_folder
+from predict import OutputFolder, Predictor
 from tests.conftest import QUICK, predict_arguments
 
 Save = Callable[..., Path]
@@ -104,3 +105,26 @@ def test_a_link_out_of_the_temporary_folder_is_refused(predictor: Predictor) -> 
         link.symlink_to("/etc/hostname")
         with pytest.raises(InputError, match="not an uploaded file"):
             predict(predictor, image=cog.Path(link))
+
+
+def test_a_cancellation_right_after_the_folder_is_made_leaves_no_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    """Cog raises at the next Python instruction, which may be the one after the system's mkdir."""
+
+    class Cancelled(BaseException):
+        pass
+
+    def mkdir(path: Path, mode: int) -> None:
+        made(path, mode)
+        raise Cancelled
+
+    made = Path.mkdir
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    outputs = OutputFolder()
+    with pytest.raises(Cancelled):
+        outputs.fresh()
+    assert len(list(tmp_path.iterdir())) == 1
+    outputs.clear()
+    with pytest.raises(Cancelled), temporary_folder("flux-input-"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from errors import DiskError, DownloadError, HttpStatusError, LoraFormatError
 from fetching.download import Limits
+from fetching.files import SharedFolderError
 from fetching.network import Client
 from fetching.store import DiskQuota, StoredFile, plan_eviction
 from tests.fetching.test_containers import BAD_TARS, tar_of
@@ -308,6 +309,43 @@ def test_a_file_with_other_times_but_its_own_content_is_kept(
     assert get(cache, source)[0].outcome == "hit"
 
 
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_changed_file_is_noticed_though_its_size_and_time_are_as_before(
+    cache: WeightsCache, storage: Storage, tmp_path: Path, replace: bool
+) -> None:
+    source = Source("x", storage.put("/x", ServedFile(CONTENT)), immutable=True)
+    get(cache, source)
+    blob = blobs(tmp_path)[0]
+    times = blob.stat().st_atime_ns, blob.stat().st_mtime_ns
+    changed = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
+    if replace:
+        other = tmp_path / "other"
+        other.write_bytes(changed)
+        other.replace(blob)
+    else:
+        blob.write_bytes(changed)
+    os.utime(blob, ns=times)
+    file, content = get(cache, source)
+    assert (file.outcome, content) == ("miss", CONTENT)
+
+
+def test_a_cache_of_an_earlier_version_is_kept(cache: WeightsCache, storage: Storage, tmp_path: Path) -> None:
+    """It has no stamps: each file is hashed once and then has one."""
+    source = Source("x", storage.put("/x", ServedFile(CONTENT)), immutable=True)
+    get(cache, source)
+    (stamp,) = (tmp_path / "cache" / "stamps").iterdir()
+    stamp.unlink()
+    assert get(cache, source)[0].outcome == "hit"
+    assert stamp.exists()
+
+
+def test_a_folder_that_others_can_write_to_is_refused(storage: Storage, tmp_path: Path) -> None:
+    open_cache(storage, tmp_path)
+    (tmp_path / "cache" / "blobs").chmod(0o777)
+    with pytest.raises(SharedFolderError, match="other users can write to it"):
+        open_cache(storage, tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"sha256": 3}', b"\xff" * 100])
 def test_a_damaged_index_is_as_good_as_none(
     cache: WeightsCache, storage: Storage, tmp_path: Path, content: bytes
@@ -420,6 +458,7 @@ def test_fifty_processes_want_one_file_and_one_get_brings_it(storage: Storage, t
 CHILD = """
 import sys
 from pathlib import Path
+from fetching.files import SharedFolderError
 from fetching.network import Client
 from fetching.store import DiskQuota
 from weights import Source, WeightsCache

@@ -103,8 +103,8 @@ def open_store(settings: Settings) -> LoraStore:
     try:
         cache = WeightsCache(settings.cache_dir.expanduser(), client, limits=limits, quota=quota)
     except OSError as error:
-        found = f"FLUX_CACHE_DIR is {settings.cache_dir}, which cannot be written: {error.strerror}"
-        raise SettingsError(f"{found}. Set it to another folder.") from error
+        found = f"FLUX_CACHE_DIR is {settings.cache_dir}, which cannot be used: {error.strerror}"
+        raise SettingsError(f"{found}. Set it to another folder, or to a new one below it.") from error
     tokens = Tokens(settings.hugging_face_token, settings.civitai_token, settings.replicate_token)
     operator = Operator(tokens, _default_lora(settings), settings.share_operator_tokens)
     return LoraStore(cache, Resolver(client, _endpoints(settings)), operator)

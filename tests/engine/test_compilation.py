@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,20 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
-from torch.compiler._cache import CacheArtifactManager
+from torch.compiler._cache import CacheArtifactManager, _serialize_single_cache
+from torch.utils._appending_byte_serializer import AppendingByteSerializer
 
-from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, should_compile
+from engine.compilation import (
+    SEAL_BYTES,
+    WARM_UP_SIZE,
+    CompileCache,
+    compile_blocks,
+    should_compile,
+    torch_folder,
+)
 from engine.loading import load_models
 from engine.profiles import model_profiles
+from errors import SettingsError
 from request import Mode
 from settings import Settings
 from tests.paths import PROJECT
@@ -300,6 +312,68 @@ def test_a_file_that_cannot_take_its_place_leaves_nothing_behind(folder: Path, l
     Process(folder).start()
     assert [path.name for path in folder.iterdir()] == [file.name]
     assert "cannot be written" in warnings_in(log)[-1]
+
+
+class Harm:
+    """What a forged pickle holds: it makes a file when it is loaded."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.canary,)
+
+
+def forge(file: Path, canary: Path) -> None:
+    """Put a harmful pickle in the place of each kept graph, under a seal that fits."""
+    found = CacheArtifactManager.deserialize(file.read_bytes()[SEAL_BYTES:])
+    assert found
+    harmful = pickle.dumps(Harm(canary))
+    forged = {kind: [replace(artifact, content=harmful) for artifact in artifacts] for kind, artifacts in found.items()}
+    serializer: Any = AppendingByteSerializer(serialize_fn=_serialize_single_cache)
+    serializer.extend(forged.items())
+    content = serializer.to_bytes()
+    file.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720])
+def test_graphs_are_not_loaded_from_a_folder_that_others_can_write_to(
+    folder: Path, tmp_path: Path, log: pytest.LogCaptureFixture, mode: int
+) -> None:
+    Process(folder).start()
+    (file,) = folder.iterdir()
+    forge(file, tmp_path / "canary")
+    folder.chmod(mode)
+    second = Process(folder)
+    assert (second.start(), second.misses) == (False, 1)
+    assert not (tmp_path / "canary").exists()
+    assert [line for line in warnings_in(log) if "cannot be loaded" in line and "other users can write to it" in line]
+
+
+def test_no_error_comes_from_a_file_that_cannot_be_unpickled(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    Process(folder).start()
+    (file,) = folder.iterdir()
+    content = b"\x80\x04cno_such_module\nno_such_class\n."
+    file.write_bytes(hashlib.sha256(content).digest() + content)
+    assert not Process(folder).start()
+    assert warnings_in(log)
+
+
+# torch's own folder
+
+
+def test_torch_keeps_code_in_a_private_folder(tmp_path: Path) -> None:
+    folder = torch_folder(None, tmp_path)
+    assert folder == tmp_path / "torch"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert torch_folder(str(tmp_path / "named"), tmp_path) == tmp_path / "named"
+
+
+def test_a_folder_for_torch_that_others_can_write_to_stops_the_setup(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch").chmod(0o777)
+    with pytest.raises(SettingsError, match=r"other users can write to it .*Set TORCHINDUCTOR_CACHE_DIR"):
+        torch_folder(None, tmp_path)
 
 
 def test_without_anything_compiled_nothing_is_kept(folder: Path) -> None:
