@@ -14,9 +14,8 @@ from tests.test_structure import ROOMS
 ARCHITECTURE = (PROJECT / "docs" / "architecture.md").read_text()
 TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split()
 DOCUMENTS = [name for name in TRACKED if name.endswith(".md") and not name.startswith("tests/")]
-MODULES = [
-    name for name in TRACKED if name.endswith(".py") and not name.endswith("__init__.py") and name[:6] != "tests/"
-]
+NO_MODULES = ("tests/", "examples/")
+MODULES = [name for name in TRACKED if re.search(r"(?<!__init__)\.py$", name) and not name.startswith(NO_MODULES)]
 MADE_LATER = ("build/", ".cog/", ".venv/")
 """Folders that are not in the repository."""
 
