@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,15 +16,19 @@ import venv
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
+from engine.model_folders import OWN, SHARED
+from safety.pair import CONCEPTS, OPINION
+from settings import Settings
 from tests.paths import PROJECT
 
 COG = yaml.safe_load((PROJECT / "cog.yaml").read_text())
@@ -259,3 +264,76 @@ def test_the_checks_before_a_commit_use_the_pinned_ruff() -> None:
     configured = yaml.safe_load((PROJECT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repo in configured["repos"] for hook in repo["hooks"]]
     assert [hook["additional_dependencies"] for hook in hooks] == [[f"ruff=={PINS['ruff']}"]] * 2
+
+
+# deploy/
+
+
+def test_replicates_image_holds_what_the_predictor_reads() -> None:
+    config = yaml.safe_load((PROJECT / "deploy" / "replicate" / "cog.yaml").read_text())
+    assert {key: value for key, value in config["build"].items() if key != "run"} == COG["build"]
+    assert config["predict"] == COG["predict"]
+    settings = Settings.from_env(dict(line.split("=") for line in config["environment"]))
+    assert settings.profile == "full"
+    dev, schnell, *checkers = [shlex.split(step["command"]) for step in config["build"]["run"]]
+    assert dev[dev.index("--local-dir") + 1] == settings.dev
+    assert schnell[schnell.index("--local-dir") + 1] == settings.schnell
+    for command, parts in ((dev, (*OWN, *SHARED)), (schnell, OWN)):
+        patterns = command[command.index("--include") + 1 :]
+        for part in parts:
+            assert any(fnmatch.fnmatch(f"{part.name}/{part.config}", pattern) for pattern in patterns), part.name
+    for command, file in zip(checkers, (CONCEPTS, OPINION), strict=True):
+        assert command[2:4] == [file.repository, file.name]
+        assert command[command.index("--revision") + 1] == file.revision
+        assert command[command.index("--local-dir") + 1] == f"{settings.safety_folder}/{file.repository}"
+
+
+def test_the_token_reaches_replicates_image_as_a_secret_alone() -> None:
+    config = yaml.safe_load((PROJECT / "deploy" / "replicate" / "cog.yaml").read_text())
+    (mount,) = (mount for step in config["build"]["run"] for mount in step.get("mounts", ()))
+    assert mount == {"type": "secret", "id": "hf_token", "target": "/run/secrets/hf_token"}
+    assert not any("TOKEN" in line for line in config["environment"])
+
+
+def test_the_kubernetes_manifest_fits_kubernetes_schema() -> None:
+    file = PROJECT / "deploy" / "kubernetes" / "flux.yaml"
+    for document in yaml.safe_load_all(file.read_text()):
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("probe", "passing"),
+    [("startupProbe", {"READY", "BUSY"}), ("livenessProbe", {"STARTING", "READY", "BUSY"})],
+)
+def test_the_probes_read_the_status(probe: str, passing: set[str], tmp_path: Path) -> None:
+    documents = yaml.safe_load_all((PROJECT / "deploy" / "kubernetes" / "flux.yaml").read_text())
+    (container,) = next(d for d in documents if d["kind"] == "Deployment")["spec"]["template"]["spec"]["containers"]
+    program = container[probe]["exec"]["command"][2]
+
+    class Health(BaseHTTPRequestHandler):
+        status = ""
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f'{{"status": "{Health.status}"}}'.encode())
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = program.replace("127.0.0.1:5000", f"127.0.0.1:{server.server_port}")
+        for status in ("STARTING", "READY", "BUSY", "UNHEALTHY", "DEFUNCT", "SETUP_FAILED"):
+            Health.status = status
+            assert (subprocess.run([sys.executable, "-c", there]).returncode == 0) is (status in passing), status
+        server.shutdown()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
+    unit = tmp_path / "flux.service"
+    text = (PROJECT / "deploy" / "systemd" / "flux.service").read_text()
+    assert "WorkingDirectory=/opt/flux\n" in text
+    unit.write_text(text.replace("/opt/flux", str(PROJECT)))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
