@@ -237,10 +237,10 @@ class Predictor(BasePredictor):
     def _announce(self, request: GenerationRequest) -> None:
         for note in request.notes:
             logger.info("%s", note)
+        logger.info("Using seed: %d", request.seed)  # clients of other FLUX predictors match this line
         logger.info(
-            "%s %s, %dx%d, %d steps, seed %d",
-            request.model, request.mode.value, request.size.width, request.size.height,
-            request.num_inference_steps, request.seed,
+            "%s %s, %dx%d, %d steps",
+            request.model, request.mode.value, request.size.width, request.size.height, request.num_inference_steps,
         )  # fmt: skip
         self.record_metric("seed", request.seed)
 

@@ -64,10 +64,12 @@ class Gate:
 
 
 def _advice(withheld: int, failed: int) -> str:
+    """The message; clients of other FLUX predictors look for the words "NSFW content" in it."""
     which = "The image was" if withheld == 1 else f"All {withheld} images were"
     if failed:
         return (
-            f"{which} withheld because the safety check could not be completed for {failed} of {withheld}. "
+            f"{which} withheld: the check for NSFW content could not be completed for {failed} of {withheld}. "
             "Try again; if it happens again, whoever runs this server finds the cause in its log."
         )
-    return f"{which} withheld by the safety checker. Change the prompt, try another seed, or use another LoRA."
+    advice = "Change the prompt, try another seed, or use another LoRA."
+    return f"{which} withheld by the safety checker as NSFW content. {advice}"

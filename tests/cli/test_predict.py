@@ -29,7 +29,7 @@ def test_a_prediction_prints_its_files_seed_seconds_and_progress(tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-3:-1] == ["wrote out/output.0.webp", "wrote out/output.1.webp"]
-    assert "seed 5" in done.stdout
+    assert "Using seed: 5\n" in done.stdout
     assert " s in all" in done.stdout
     assert "100%" in done.stderr
     with Image.open(tmp_path / "out" / "output.1.webp") as image:

@@ -115,7 +115,7 @@ def test_a_prediction_returns_images_metrics_and_logs(client: Client) -> None:
     with Image.open(io.BytesIO(decode(answer["output"][0])[1])) as image:
         assert (image.format, image.size) == ("WEBP", (256, 256))
     assert answer["metrics"]["seed"] == 99
-    assert "seed 99" in answer["logs"]
+    assert "Using seed: 99\n" in answer["logs"]
     assert "3/3" in answer["logs"]  # the progress bar, which clients read
 
 

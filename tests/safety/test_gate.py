@@ -186,14 +186,14 @@ def test_the_log_names_a_withheld_image_its_checker_and_the_scores(caplog: pytes
 def test_all_flagged_is_an_error_with_advice() -> None:
     gate = Gate(FailClosed(Double(by_colour)))
     assert list(gate.passing(coloured("red", "red"))) == []
-    with pytest.raises(UnsafeOutputError, match=r"All 2 images were withheld.* another seed"):
+    with pytest.raises(UnsafeOutputError, match=r"All 2 images were withheld.* as NSFW content.* another seed"):
         gate.require_one()
 
 
 def test_a_failed_check_does_not_blame_the_prompt() -> None:
     gate = Gate(FailClosed(Double(fail(RuntimeError("secret path /srv")))))
     assert list(gate.passing(coloured("white"))) == []
-    with pytest.raises(UnsafeOutputError, match="could not be completed") as caught:
+    with pytest.raises(UnsafeOutputError, match="NSFW content could not be completed") as caught:
         gate.require_one()
     assert "/srv" not in str(caught.value)
     assert gate.failed == 1
