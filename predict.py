@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from cog import BasePredictor, Input, Path, Secret
 
-from errors import InputError, PredictionError
+from errors import DiskError, InputError, PredictionError
 from fetching.files import temporary_name
 from images import encode
 from logs import configure_logging
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from weights import CachedFile
 
 logger = logging.getLogger("predict")
+LEAST_OUTPUT_BYTES = 64 * 2**20
 ADAPTER_CACHE_BYTES = 4 * 10**9
 """Limit of parsed LoRAs kept in host memory: about twenty of the usual size."""
 
@@ -79,6 +80,17 @@ class Predictor(BasePredictor):
         self.engine = start_engine(profiles, settings, device)
         self.outputs = OutputFolder()
         logger.info("ready in %.1f s", time.monotonic() - started)
+
+    def healthcheck(self) -> bool:
+        """Tell Cog's server that predictions can be made.
+
+        Raises:
+            ModelError: the device does not compute any more; only a new process helps.
+            DiskError: there is no room for the images.
+        """
+        self.engine.require_working_device()
+        self.outputs.require_room()
+        return True
 
     def predict(
         self,
@@ -284,6 +296,17 @@ class OutputFolder:
         self._current = temporary_name("flux-")
         self._current.mkdir(mode=0o700)
         return self._current
+
+    def require_room(self) -> None:
+        """Make sure that the folder of temporary files has room for a prediction's images.
+
+        Raises:
+            DiskError: it has less than 64 MiB left.
+        """
+        folder = temporary_name("").parent
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < LEAST_OUTPUT_BYTES:
+            raise DiskError(f"The disk of {folder} has {free_bytes >> 20} MiB left for images. Make room there.")
 
     def clear(self) -> None:
         """Remove the current folder with its files."""

@@ -59,6 +59,19 @@ class Engine:
         """The layer shapes that an adapter for this model must fit, for `read_adapter`."""
         return self.exact.adapters[model].shapes
 
+    def require_working_device(self) -> None:
+        """Make sure that the device computes: after some faults of CUDA it does not until the process ends.
+
+        Raises:
+            ModelError: it does not.
+        """
+        try:
+            total = torch.ones(8, device=self._device).sum().item()
+        except RuntimeError as error:
+            raise ModelError(f"The device {self._device} does not compute any more. Restart the server.") from error
+        if total != 8:
+            raise ModelError(f"The device {self._device} computes wrongly. Restart the server.")
+
     def generate(self, request: GenerationRequest, stack: Stack = ()) -> Iterator[Image.Image]:
         """Yield `request.num_outputs` RGB images of `request.size`, in order.
 

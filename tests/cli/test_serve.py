@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,8 +13,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -356,3 +357,122 @@ def test_script_serve_gets_ready_uploads_and_stops_cleanly(
     assert all(data.startswith(b"\x89PNG") for data in received.values())
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), 1)
+
+
+@dataclass
+class Served:
+    """A running script/serve, and what it printed so far."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def wait_until_ready(self) -> None:
+        assert self.process.stdout is not None
+        assert any(line.startswith("ready on") for line in self.process.stdout)
+
+    def descendants(self) -> list[int]:
+        """Its processes, the worker last."""
+        found = [self.process.pid]
+        for pid in found:
+            threads = Path(f"/proc/{pid}/task").glob("*/children")
+            found += [int(child) for thread in threads for child in thread.read_text().split()]
+        return found
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that has ended stays listed until whoever inherits it has read its status."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Start script/serve; what is still running at the end is ended."""
+    started: list[Served] = []
+
+    def start(*arguments: str, port: int | None = None) -> Served:
+        number = port or free_port()
+        (tmp_path / "temporary").mkdir(exist_ok=True)
+        process = subprocess.Popen(
+            [str(PROJECT / "script" / "serve"), "--port", str(number), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+        )  # fmt: skip
+        started.append(Served(process, number))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.process.terminate()
+        server.process.communicate(timeout=30)
+
+
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(served: Callable[..., Served]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        started = time.monotonic()
+        process = served(port=port).process
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert output == ""
+    assert errors == (
+        f"Error: cannot listen on 127.0.0.1, port {port}: Address already in use. Choose another one with --port.\n"
+    )
+    assert time.monotonic() - started < 3
+
+
+def test_requests_before_it_is_ready_are_refused_and_do_not_stop_it(served: Callable[..., Served]) -> None:
+    server = served()
+    client, statuses = Client(f"http://127.0.0.1:{server.port}"), []
+    deadline = time.monotonic() + 60
+    while 200 not in statuses and time.monotonic() < deadline:
+        with suppress(OSError):
+            statuses.append(client.call("POST", "/predictions", {"input": {**PROMPT, **QUICK}})[0])
+        time.sleep(0.05)
+    assert statuses[-1] == 200
+    assert set(statuses) <= {503, 200}
+    server.wait_until_ready()
+    assert server.process.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_idle_server_at_once(served: Callable[..., Served], number: signal.Signals) -> None:
+    server = served()
+    server.wait_until_ready()
+    sent = time.monotonic()
+    server.process.send_signal(number)
+    output, errors = server.process.communicate(timeout=30)
+    assert server.process.returncode == 0
+    assert time.monotonic() - sent < 2  # one second on a quiet machine
+    assert output == "stopped\n"
+    assert errors == ""
+
+
+def test_a_dead_worker_ends_the_server_with_a_line_and_leaves_nothing(
+    served: Callable[..., Served], tmp_path: Path
+) -> None:
+    server = served()
+    server.wait_until_ready()
+    processes = server.descendants()
+    killed = time.monotonic()
+    os.kill(processes[-1], signal.SIGKILL)
+    _, errors = server.process.communicate(timeout=30)
+    assert server.process.returncode == 1
+    assert time.monotonic() - killed < 4  # two seconds on a quiet machine
+    assert errors.splitlines()[-1].startswith("Error: UNHEALTHY")
+    assert not any(map(is_running, processes[1:]))
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_dead_worker_is_replaced_where_a_restart_is_wanted(served: Callable[..., Served]) -> None:
+    server = served("--restart")
+    server.wait_until_ready()
+    os.kill(server.descendants()[-1], signal.SIGKILL)
+    server.wait_until_ready()
+    assert Client(f"http://127.0.0.1:{server.port}").predict()["status"] == "succeeded"
