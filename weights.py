@@ -184,9 +184,8 @@ class WeightsCache:
         try:
             return self._fetch_verified(source)
         except OSError as error:
-            raise DiskError(
-                f"The file cannot be stored: {error.strerror}. The server's disk needs more room."
-            ) from error
+            found = error.strerror or type(error).__name__
+            raise DiskError(f"The file cannot be stored: {found}. The server's disk needs more room.") from error
 
     def _fetch_verified(self, source: Source) -> tuple[BinaryIO, Entry]:
         with self._store.new_partial() as (file, path):

@@ -140,6 +140,8 @@ class Engine:
                 prompt_embeds, pooled, _ = pipeline.encode_prompt(
                     prompt=for_clip, prompt_2=for_t5, device=self._device, max_sequence_length=limit
                 )
+            if not (torch.isfinite(prompt_embeds).all() and torch.isfinite(pooled).all()):
+                raise ModelError("The encoded prompt has values that are not finite. Try again, or lower LoRA scales.")
             self._prompts[key] = prompt_embeds, pooled
             if len(self._prompts) > PROMPTS_KEPT:
                 self._prompts.popitem(last=False)

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 60.0
 """Twenty times the 3 s that the slowest detector, strict, takes for an image on one busy CPU core."""
+
+
+SLICE_SECONDS = 0.1
+"""The longest that a cancellation waits for a check; see `fetching.deadline`."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,13 @@ class FailClosed:
 
     def finish(self, pending: Pending) -> Answer:
         """Wait for a check's answer, at most for the timeout. Raises nothing but a cancellation."""
-        try:
-            error = pending.answer.exception(self._timeout_seconds)
-        except TimeoutError as late:
+        deadline = time.monotonic() + self._timeout_seconds
+        while not pending.answer.done() and time.monotonic() < deadline:
+            wait([pending.answer], timeout=SLICE_SECONDS)
+        hangs = not pending.answer.done()
+        error = TimeoutError() if hangs else pending.answer.exception()
+        if hangs:
             self._hanging = pending
-            error = late
         if error is None:
             return pending.answer.result()
         logger.error("the safety check %s failed, images withheld: %d", self.name, len(pending.images), exc_info=error)
