@@ -25,7 +25,7 @@ from lora_loading.finding.references.data import DataReference
 from lora_loading.finding.references.hugging_face import HuggingFaceReference
 from lora_loading.finding.references.named import UnknownFormError, refuse, shortened
 from lora_loading.finding.references.path import holds_control
-from lora_loading.finding.references.replicate import ReplicateDelivery, ReplicateReference
+from lora_loading.finding.references.replicate import ReplicateReference
 from lora_loading.finding.references.url import UrlReference
 
 __all__ = (
@@ -35,7 +35,6 @@ __all__ = (
     "DataReference",
     "HuggingFaceReference",
     "LoraReference",
-    "ReplicateDelivery",
     "ReplicateReference",
     "UrlReference",
     "parse",
@@ -51,13 +50,11 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _USER_INFO = re.compile(r"^((?:[A-Za-z][\w+.-]*:)?//).*@|^()[^/]*@(?=[^/]*/)")
 _PASTED_TOKEN = re.compile(r"(hf|r8)_[A-Za-z0-9]{8,}")
 
-LoraReference = (
-    ReplicateReference | ReplicateDelivery | HuggingFaceReference | CivitaiReference | UrlReference | DataReference
-)
+LoraReference = ReplicateReference | HuggingFaceReference | CivitaiReference | UrlReference | DataReference
 ParseAddress = Callable[[SplitResult], LoraReference]
 _SERVICES: dict[str, ParseAddress] = {
     **dict.fromkeys(replicate.HOSTS, replicate.parse),
-    replicate.DELIVERY_HOST: replicate.parse_delivery,
+    replicate.DELIVERY_HOST: url.parse,
     **dict.fromkeys(hugging_face.HOSTS, hugging_face.parse),
     **dict.fromkeys(civitai.HOSTS, civitai.parse),
 }

@@ -19,7 +19,6 @@ from lora_loading.finding.reference import (
     DataReference,
     HuggingFaceReference,
     LoraReference,
-    ReplicateDelivery,
     ReplicateReference,
     UrlReference,
 )
@@ -88,8 +87,6 @@ class Resolver:
         match reference:
             case ReplicateReference():
                 return replicate.resolve(self._client, reference, token, site=at.replicate, api=at.replicate_api)
-            case ReplicateDelivery():
-                return replicate.resolve_delivery(reference)
             case HuggingFaceReference():
                 hub = hugging_face.Hub(at.hugging_face, token, self._timeout_seconds, self._sleep)
                 return hugging_face.resolve(hub, reference)

@@ -1,10 +1,9 @@
-"""A model on Replicate, or a tar that Replicate delivers.
+"""A model on Replicate.
 
 owner/name
 owner/name:version
 owner/name/version
 https://replicate.com/owner/name/versions/version
-https://replicate.delivery/.../trained_model.tar
 """
 
 from __future__ import annotations
@@ -13,17 +12,13 @@ import re
 from dataclasses import dataclass
 from urllib.parse import SplitResult
 
-from lora_loading.finding.references import url
 from lora_loading.finding.references.named import Named, refuse
 from lora_loading.finding.references.path import is_safetensors, segments_of
 
-FORMS = (
-    "owner/name or owner/name:version (a Replicate model)",
-    "https://replicate.delivery/.../trained_model.tar",
-)
+FORMS = ("owner/name or owner/name:version (a Replicate model)",)
 HOSTS = ("replicate.com",)
 DELIVERY_HOST = "replicate.delivery"
-"""And every host below it."""
+"""And every host below it: where the tars of trainings lie; may be written without https://."""
 
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
@@ -49,21 +44,9 @@ class ReplicateReference(Named):
         return f"replicate.com/{self.owner}/{self.name}{version}"
 
 
-@dataclass(frozen=True, repr=False)
-class ReplicateDelivery(url.Address):
-    """A tar that Replicate delivers."""
-
-
 def parse(parts: SplitResult) -> ReplicateReference:
     """Read the address of a model's page, of a version's, or of the weights behind either."""
     return parse_name(parts.path)
-
-
-def parse_delivery(parts: SplitResult) -> ReplicateDelivery | url.UrlReference:
-    """Read the address of a file that Replicate delivers: a tar, or a bare .safetensors file."""
-    if parts.path.lower().endswith(".tar"):
-        return ReplicateDelivery(url.canonical_address(parts))
-    return url.parse(parts)
 
 
 def parse_name(text: str) -> ReplicateReference:

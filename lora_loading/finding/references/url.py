@@ -1,6 +1,7 @@
-"""A .safetensors file at any web address.
+"""A .safetensors file, or a .tar that holds one, at any web address.
 
     https://example.com/folder/lora.safetensors?signature=...
+    https://replicate.delivery/.../trained_model.tar
 
 The address may be signed: its query and its folders are kept out of messages and keys.
 """
@@ -15,7 +16,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 from lora_loading.finding.references.named import Named, refuse, shortened
 from lora_loading.finding.references.path import is_safetensors, segments_of, unescaped
 
-FORMS = ("https://any.host/file.safetensors",)
+FORMS = ("https://any.host/file.safetensors or https://any.host/file.tar",)
 
 _IPV6 = re.compile(r"[0-9a-f:.]+")
 _HOST_NAME = re.compile(r"[a-z0-9._-]+")
@@ -24,10 +25,15 @@ _URL_SAFE = "%/:=&?~+!$,;'@()*[]"
 
 
 @dataclass(frozen=True)
-class Address(Named):
-    """What is named by its web address alone, which may be signed."""
+class UrlReference(Named):
+    """A file at a web address, which may be signed."""
 
     address: str
+
+    @property
+    def is_tar(self) -> bool:
+        """Whether the address is that of a tar."""
+        return _is_tar(urlsplit(self.address).path)
 
     @property
     def label(self) -> str:
@@ -44,21 +50,21 @@ class Address(Named):
         return self.address
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.label!r})"
-
-
-@dataclass(frozen=True, repr=False)
-class UrlReference(Address):
-    """A safetensors file at some address."""
+        return f"UrlReference({self.label!r})"
 
 
 def parse(parts: SplitResult, plain_http_hosts: frozenset[str] = frozenset()) -> UrlReference:
     """Read the address of a file; `plain_http_hosts` are "host" or "host:port" that it may name with http."""
     if parts.scheme == "http" and not {parts.hostname, f"{parts.hostname}:{parts.port or 80}"} & plain_http_hosts:
         refuse("the address is plain http")
-    if not is_safetensors(unescaped(parts.path.rpartition("/")[2])):
-        refuse("the address does not end in .safetensors")
+    name = unescaped(parts.path.rpartition("/")[2])
+    if not (is_safetensors(name) or _is_tar(name)):
+        refuse("the address ends in neither .safetensors nor .tar")
     return UrlReference(canonical_address(parts))
+
+
+def _is_tar(path: str) -> bool:
+    return path.lower().endswith(".tar")
 
 
 def canonical_address(parts: SplitResult) -> str:

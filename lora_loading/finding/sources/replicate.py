@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from errors import HttpStatusError
 from fetching.network import Client
-from lora_loading.finding.reference import ReplicateDelivery, ReplicateReference
+from lora_loading.finding.reference import ReplicateReference
 from lora_loading.finding.sources.access import Access
 from lora_loading.finding.sources.api import bearer, known_shape, moved
 from weights import Container, Source
@@ -59,11 +59,6 @@ def resolve(client: Client, reference: ReplicateReference, token: str | None, *,
         revision=version,
         immutable=reference.immutable,
     )
-
-
-def resolve_delivery(reference: ReplicateDelivery) -> Source:
-    """The tar at the address itself."""
-    return Source(name=reference.label, address=reference.address, container=Container.TAR)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_loading.finding.reference import UrlReference
 from lora_loading.finding.sources.access import Access
-from weights import Source
+from weights import Container, Source
 
 _ADVICE = "Give an address that anyone may read; a signed one expires, so it may have to be signed again."
 ACCESS = Access(token_of=lambda tokens: None, given_as="", advice=_ADVICE, advice_to_holder=_ADVICE)
@@ -12,4 +12,5 @@ ACCESS = Access(token_of=lambda tokens: None, given_as="", advice=_ADVICE, advic
 
 def resolve(reference: UrlReference) -> Source:
     """The source at the address itself."""
-    return Source(name=reference.label, address=reference.address)
+    container = Container.TAR if reference.is_tar else Container.SAFETENSORS
+    return Source(name=reference.label, address=reference.address, container=container)

@@ -18,7 +18,6 @@ from lora_loading.finding.reference import (
     DataReference,
     HuggingFaceReference,
     LoraReference,
-    ReplicateDelivery,
     ReplicateReference,
     UrlReference,
     parse,
@@ -57,13 +56,13 @@ REPLICATE = {
     f"https://replicate.com/owner/name:{VERSION}": ReplicateReference("owner", "name", VERSION),
     f"replicate.com/owner/name/{VERSION}": ReplicateReference("owner", "name", VERSION),
     f"https://replicate.com/owner/name/versions/{VERSION}/_weights": ReplicateReference("owner", "name", VERSION),
-    "https://replicate.delivery/yhqm/abc/trained_model.tar": ReplicateDelivery(
+    "https://replicate.delivery/yhqm/abc/trained_model.tar": UrlReference(
         "https://replicate.delivery/yhqm/abc/trained_model.tar"
     ),
-    "https://PBXT.replicate.delivery/abc/trained_model.tar?sig=a%2Fb&x=1#part": ReplicateDelivery(
+    "https://PBXT.replicate.delivery/abc/trained_model.tar?sig=a%2Fb&x=1#part": UrlReference(
         "https://pbxt.replicate.delivery/abc/trained_model.tar?sig=a%2Fb&x=1"
     ),
-    "replicate.delivery/abc/flux.tar": ReplicateDelivery("https://replicate.delivery/abc/flux.tar"),
+    "replicate.delivery/abc/flux.tar": UrlReference("https://replicate.delivery/abc/flux.tar"),
     "https://replicate.delivery/abc/lora.safetensors": UrlReference("https://replicate.delivery/abc/lora.safetensors"),
 }
 HUGGING_FACE = {
@@ -110,6 +109,7 @@ ADDRESSES = {
     ),
     "HTTPS://example.com/a b/ü.SafeTensors": UrlReference("https://example.com/a%20b/%C3%BC.SafeTensors"),
     "https://münchen.example/x.safetensors": UrlReference("https://xn--mnchen-3ya.example/x.safetensors"),
+    "https://e.com/backup/trained_model.TAR?sig=1": UrlReference("https://e.com/backup/trained_model.TAR?sig=1"),
     "https://[2001:4860::1]/x.safetensors": UrlReference("https://[2001:4860::1]/x.safetensors"),
 }
 DATA = {
@@ -181,7 +181,7 @@ NAMELESS = {
     "replicate.com": "not owner/name",
     "replicate.com/owner": "not owner/name",
     "owner@/name": "no owner/name",
-    "https://replicate.delivery/a/x.zip": "does not end in .safetensors",
+    "https://replicate.delivery/a/x.zip": "ends in neither .safetensors nor .tar",
     "https://replicate.delivery/../x.tar": '"." or ".."',
     "huggingface.co": "no owner/name",
     "huggingface.co/owner": "no owner/name",
@@ -197,7 +197,7 @@ NAMELESS = {
     "huggingface.co/owner/name/a%00b.safetensors": "characters that no path has",
     "huggingface.co/owner/name/a%5cb.safetensors": "characters that no path has",
     "huggingface.co/owner/name/a%ffb.safetensors": "escapes that are no text",
-    "https://huggingface.co:8443/owner/name": "does not end in .safetensors",
+    "https://huggingface.co:8443/owner/name": "ends in neither .safetensors nor .tar",
     "civitai.com": "neither /models/<id>",
     "civitai.com/models/some-name": "the model's id is no number",
     "civitai.com/models/0": "the model's id is no number",
@@ -213,10 +213,10 @@ NAMELESS = {
     "ftp://example.com/x.safetensors": "no web address",
     "file:///etc/x.safetensors": "no web address",
     "hf://owner/name": "no web address",
-    "https://example.com/x.tar": "does not end in .safetensors",
-    "https://example.com/": "does not end in .safetensors",
-    "https://example.com/?x.safetensors": "does not end in .safetensors",
-    "https://example.com/x.safetensors/": "does not end in .safetensors",
+    "https://example.com/x.tar.gz": "ends in neither .safetensors nor .tar",
+    "https://example.com/": "ends in neither .safetensors nor .tar",
+    "https://example.com/?x.safetensors": "ends in neither .safetensors nor .tar",
+    "https://example.com/x.safetensors/": "ends in neither .safetensors nor .tar",
     "https:///x.safetensors": "no host",
     "https://exa mple.com/x.safetensors": "no host name",
     "https://a..b/x.safetensors": "no host name",

@@ -529,9 +529,10 @@ def test_an_address_is_itself_and_its_signature_stays_out_of_the_name(world: Wor
     assert "canary" not in repr(source)
 
 
-def test_a_delivery_is_its_tar(world: World) -> None:
-    source = world.resolve("https://replicate.delivery/a/x.tar?signature=canary", TOKENS)
-    assert source.address == "https://replicate.delivery/a/x.tar?signature=canary"
+@pytest.mark.parametrize("host", ["replicate.delivery", "e.com"])
+def test_a_tar_at_any_address_is_a_source(world: World, host: str) -> None:
+    source = world.resolve(f"https://{host}/a/x.tar?signature=canary", TOKENS)
+    assert source.address == f"https://{host}/a/x.tar?signature=canary"
     assert (source.headers, source.container) == ((), Container.TAR)
     assert "canary" not in repr(source)
 
