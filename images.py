@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from errors import InputError
 
@@ -113,16 +113,39 @@ def composite(original: Image.Image, painted: Image.Image, mask: Image.Image) ->
     return Image.composite(painted, original, mask)
 
 
-def encode(image: Image.Image, output_format: str, quality: int) -> bytes:
-    """Encode as "webp" or "jpg" with a quality of 0 to 100, or as lossless "png".
+def encode(image: Image.Image, output_format: str, quality: int, xmp: bytes | None = None) -> bytes:
+    """Encode as "webp" or "jpg" with a quality of 0 to 100, or as lossless "png"; `xmp` is an XMP packet to carry.
 
     Pillow takes JPEG quality 0 for its default of 75, so 0 is encoded as 1.
     """
     buffer = io.BytesIO()
+    packet = {} if xmp is None else {"xmp": xmp}
     if output_format == "webp":
-        image.save(buffer, "WEBP", quality=quality, method=WEBP_METHOD)
+        image.save(buffer, "WEBP", quality=quality, method=WEBP_METHOD, **packet)
     elif output_format == "jpg":
-        image.save(buffer, "JPEG", quality=max(1, quality), optimize=True)
+        image.save(buffer, "JPEG", quality=max(1, quality), optimize=True, **packet)
     else:
-        image.save(buffer, "PNG", compress_level=4)
+        image.save(buffer, "PNG", compress_level=4, pnginfo=_png_text(xmp))
     return buffer.getvalue()
+
+
+def _png_text(xmp: bytes | None) -> PngImagePlugin.PngInfo | None:
+    if xmp is None:
+        return None
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8"))  # the keyword that the XMP specification gives for PNG
+    return text
+
+
+def xmp_of(path: Path) -> str | None:
+    """The XMP packet that an image file carries, None where it has none.
+
+    Raises:
+        InputError: it is not an image that can be read.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f'"{path}" is not an image that can be read. Give a PNG, JPEG or WebP file.') from error
+    return packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet

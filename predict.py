@@ -17,6 +17,7 @@ from cog import BasePredictor, Input, Path, Secret
 
 from errors import DiskError, InputError, PredictionError
 from fetching.files import temporary_name
+from image_metadata import xmp_packet
 from images import encode
 from logs import configure_logging
 from lora_loading.finding.tokens import Tokens
@@ -68,6 +69,7 @@ class Predictor(BasePredictor):
         weights = Weights(settings.safety_folder, models)
         self.checker = load_checker(checker, weights, device)  # first: it fails within seconds
         self.safety_required = settings.safety_required
+        self.metadata = settings.metadata
         self.loras = open_store(settings)
         defer_downloads()
         self.uploads = Uploads(Client(settings.trusted_hosts, plain_http=True))
@@ -235,7 +237,10 @@ class Predictor(BasePredictor):
             with ThreadPoolExecutor(max_workers=1) as encoder:  # an image is encoded while the next one is made
                 images = self.engine.generate(request, stack)
                 passing = enumerate(images) if disable_safety_checker else gate.passing(images)
-                written = [encoder.submit(write, folder, index, output, request) for index, output in passing]
+                written = [
+                    encoder.submit(write, folder, index, output, request, self._xmp(request, index, stack))
+                    for index, output in passing
+                ]
             files = [Path(file.result()) for file in written]
             self._report(gate)
             gate.require_one()
@@ -272,6 +277,9 @@ class Predictor(BasePredictor):
         if facts:
             self.record_metric("loras", facts)
         return stack
+
+    def _xmp(self, request: GenerationRequest, index: int, stack: "List[Tuple[LoraAdapter, float]]") -> Optional[bytes]:
+        return xmp_packet(self.metadata, request, index, [adapter.digest for adapter, _ in stack])
 
     def _report(self, gate: Gate) -> None:
         if gate.checked:
@@ -315,10 +323,12 @@ class OutputFolder:
         self._current = None
 
 
-def write(folder: pathlib.Path, index: int, image: "Image", request: GenerationRequest) -> pathlib.Path:
-    """Encode an image into a new file in `folder` and return its path."""
+def write(
+    folder: pathlib.Path, index: int, image: "Image", request: GenerationRequest, xmp: Optional[bytes]
+) -> pathlib.Path:
+    """Encode an image with its XMP packet into a new file in `folder` and return its path."""
     file = folder / f"{folder.name}-{index}.{request.output_format}"
-    file.write_bytes(encode(image, request.output_format, request.output_quality))
+    file.write_bytes(encode(image, request.output_format, request.output_quality, xmp))
     return file
 
 

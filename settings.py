@@ -9,6 +9,7 @@ from pathlib import Path
 from errors import SettingsError
 
 PROFILES = ("auto", "full", "tiny")
+METADATA = ("off", "mark", "settings", "prompt")
 COMPILE = ("auto", "on", "off")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 GIGABYTE = 10**9
@@ -43,6 +44,8 @@ class Settings:
     safety_folder: str | None = None
     """Folder with the weights of `reference` and `strict` as `<owner>/<name>/model.safetensors`; None fetches them from
     the Hub."""
+    metadata: str = "settings"
+    """What output files carry: `off`, `mark` (that they are generated), `settings`, `prompt` (settings and prompt)."""
     trusted_hosts: frozenset[str] = frozenset()
     """Hosts ("host" or "host:port") that may use plain http and private addresses."""
     share_operator_tokens: bool = False
@@ -75,6 +78,7 @@ class Settings:
             safety=environ.get("FLUX_SAFETY", cls.safety),
             safety_required=_switch(environ, "FLUX_SAFETY_REQUIRED", cls.safety_required),
             safety_folder=_optional(environ, "FLUX_SAFETY_FOLDER"),
+            metadata=_choice(environ, "FLUX_METADATA", METADATA, cls.metadata),
             trusted_hosts=frozenset(_listed(environ, "FLUX_TRUSTED_HOSTS")),
             share_operator_tokens=_switch(environ, "FLUX_SHARE_OPERATOR_TOKENS", cls.share_operator_tokens),
             hugging_face_endpoint=_endpoint(environ, "HF_ENDPOINT"),

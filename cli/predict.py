@@ -17,6 +17,8 @@ from cog.types import URLPath
 
 from cli.schema import predictor_schemas
 from errors import InputError, PredictionError, SettingsError
+from image_metadata import VERSION, needs_image, read_settings
+from images import xmp_of
 
 EXAMPLE = 'script/predict -i prompt="a large red circle on a white background"'
 
@@ -113,6 +115,55 @@ def _data_uri(source: Path) -> str:
     return f"data:application/octet-stream;base64,{base64.b64encode(source.read_bytes()).decode()}"
 
 
+LORA_INPUTS = (("replicate_weights", "lora_scale"), ("extra_lora", "extra_lora_scale"))
+
+
+def inputs_again(file: Path, given: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The inputs that make an image again, read from its file, with those given on the command line in their places.
+
+    Raises:
+        InputError: the file has no settings, or lacks an input that is not given.
+    """
+    if not file.is_file():
+        raise InputError(f'There is no file "{file}" for --again.')
+    packet = xmp_of(file)
+    settings = None if packet is None else read_settings(packet)
+    if settings is None:
+        raise InputError(
+            f'"{file}" holds no settings of this predictor. Files carry them unless FLUX_METADATA is off or mark.'
+        )
+    inputs = {**stored_inputs(settings), **dict(given)}
+    missing = [name for name in ("prompt", *needs_image(settings), *_hidden_loras(settings)) if name not in inputs]
+    if missing:
+        wanted = ", ".join(f"-i {name}=..." for name in missing)
+        raise InputError(f'"{file}" does not hold the {" and the ".join(missing)}. Give {wanted}.')
+    if settings.get("version") != VERSION:
+        made_by = settings.get("version")
+        print(f"{file} was made by version {made_by}, this is {VERSION}: the image may differ", file=sys.stderr)
+    return list(inputs.items())
+
+
+def stored_inputs(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The inputs in a file's settings, as they are written on the command line."""
+    inputs = {name: value for name, value in settings.items() if name not in ("version", "mode", "loras")}
+    for (name, scale), lora in zip(LORA_INPUTS, settings.get("loras", ()), strict=False):
+        inputs[scale] = lora["scale"]
+        if not _is_hidden(lora["reference"]):
+            inputs[name] = lora["reference"]
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in inputs.items()}
+
+
+def _hidden_loras(settings: Mapping[str, Any]) -> list[str]:
+    """The inputs of LoRAs whose references are not whole in the file."""
+    loras = zip(LORA_INPUTS, settings.get("loras", ()), strict=False)
+    return [name for (name, _), lora in loras if _is_hidden(lora["reference"])]
+
+
+def _is_hidden(reference: str) -> bool:
+    """Whether a label stands for an address whose path is left out, or for data."""
+    return "/.../" in reference or reference.startswith("data:")
+
+
 def run(pairs: list[tuple[str, str]], output: Path) -> list[Path]:
     """Make one prediction and return the files written into `output`."""
     from predict import Predictor
@@ -139,10 +190,14 @@ def main() -> None:
         help="an input; @FILE for a file",
     )
     parser.add_argument("-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="where the images go")
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE", help="make the image of this file again, from its settings"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     try:
-        files = run(arguments.input, arguments.output)
+        inputs = inputs_again(arguments.again, arguments.input) if arguments.again else arguments.input
+        files = run(inputs, arguments.output)
     except (PredictionError, SettingsError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ ROOMS = (
     "lora_loading.reading",
     "lora_loading.applying",
     "request",
+    "image_metadata",
     "safety",
     "engine",
     "predict",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from cli.predict import name_value, parse_inputs
+from cli.predict import LORA_INPUTS, inputs_again, name_value, parse_inputs
 from cli.schema import predictor_schemas
 from errors import InputError
+from image_metadata import xmp_packet
+from images import encode
+from lora_loading.finding.reference import parse
 from predict import Predictor
+from tests.conftest import request_of
 from tests.paths import PROJECT
 
 SCHEMAS = predictor_schemas(Predictor.predict)
@@ -109,3 +114,33 @@ def test_a_file_for_a_text_input_becomes_a_data_uri(tmp_path: Path) -> None:
     file.write_bytes(b"content")
     inputs = parse_inputs([("prompt", "x"), ("extra_lora", f"@{file}")], SCHEMAS, tmp_path)
     assert inputs["extra_lora"] == "data:application/octet-stream;base64,Y29udGVudA=="
+
+
+def test_an_image_is_made_again_from_its_file_byte_for_byte(tmp_path: Path) -> None:
+    prompt = "prompt=a red circle on a white background"
+    small = ["-i", "megapixels=0.25", "-i", "model=schnell", "-i", "num_inference_steps=1", "-i", "num_outputs=2"]
+    first = script_predict(tmp_path, "-i", prompt, *small, "-i", "output_format=png", "-o", "first")
+    assert first.returncode == 0, first.stderr
+    made = tmp_path / "first" / "output.1.png"
+    again = script_predict(tmp_path, "--again", str(made), "-i", prompt, "-o", "second")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "second" / "output.0.png").read_bytes() == made.read_bytes()
+
+
+def test_making_again_asks_for_what_the_file_does_not_hold(tmp_path: Path) -> None:
+    request = request_of(image=None, seed=3)
+    file = tmp_path / "image.png"
+    file.write_bytes(encode(Image.new("RGB", (16, 16)), "png", 80, xmp_packet("settings", request, 0, [])))
+    with pytest.raises(InputError, match=r"does not hold the prompt. Give -i prompt=\.\.\."):
+        inputs_again(file, [])
+    values = dict(inputs_again(file, [("prompt", "a red circle"), ("seed", "9")]))
+    assert (values["prompt"], values["seed"], values["go_fast"]) == ("a red circle", "9", "false")
+    lora = replace(request, loras=((parse("https://a.example/secret/x.safetensors"), 0.5), (parse("fofr/cars"), 1.0)))
+    file.write_bytes(encode(Image.new("RGB", (16, 16)), "png", 80, xmp_packet("prompt", lora, 0, ["0", "1"])))
+    with pytest.raises(InputError, match=r"does not hold the replicate_weights. Give"):
+        inputs_again(file, [])
+    values = dict(inputs_again(file, [("replicate_weights", "a/b")]))
+    assert [values[n] for pair in LORA_INPUTS for n in pair] == ["a/b", "0.5", "replicate.com/fofr/cars", "1.0"]
+    file.write_bytes(encode(Image.new("RGB", (16, 16)), "png", 80))
+    with pytest.raises(InputError, match="holds no settings of this predictor"):
+        inputs_again(file, [])
