@@ -118,6 +118,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
         environment.setenv("FLUX_CACHE_DIR", str(folder / "cache"))
         environment.setenv("FLUX_CACHE_MIN_FREE_GB", "0")
         environment.setenv("FLUX_TRUSTED_HOSTS", storage.authority)
+        environment.setenv("FLUX_METADATA", "mark")  # the digests of new LoRAs would differ in the settings
         environment.setenv("TMPDIR", str(folder / "tmp"))
         environment.setenv(FAULT_FILE, str(folder / "fault.json"))
         server = start_server("127.0.0.1", port, predictor="tests/faults.py:FaultyPredictor")
