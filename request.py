@@ -12,7 +12,8 @@ from PIL import Image
 
 from errors import InputError
 from images import open_image, open_mask
-from lora_loading.finding.reference import LoraReference, parse
+from lora_loading.finding.reference import parse
+from lora_loading.finding.services.service import LoraReference
 
 MAX_SIDE = 1440
 MULTIPLE = 16

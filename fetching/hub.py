@@ -154,6 +154,17 @@ class Hub:
                 raise FileMetadataError
             return Listing(repository, info.sha, tuple(map(_hub_file, info.siblings or ())), revision)
 
+    def paths(self, repository: str, revision: str = MAIN) -> list[str]:
+        """The path of every file in a repository.
+
+        Raises:
+            HubError: the Hub does not answer, or refuses.
+        """
+        with self.translated(repository):
+            ask = partial(self._api.model_info, timeout=self.timeout_seconds)
+            info = self._retried(lambda: ask(repository, revision=revision))
+            return [sibling.rfilename for sibling in info.siblings or ()]
+
     def locate(self, repository: str, path: str, revision: str = MAIN) -> Location:
         """Where a file lies; the answer shows that this caller may read it.
 

@@ -1,1 +1,1 @@
-"""What a LoRA is called -> where its file lies -> the file, held in the cache."""
+"""Text -> LoraReference -> Source -> a file in the cache."""

@@ -1,4 +1,4 @@
-"""LoRA files by reference: the service is asked and the file fetched with the right tokens, and held. One log line."""
+"""LoRA files by reference: found at their service, fetched with the right tokens, held in the cache while in use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from errors import DownloadError, HttpStatusError, LoraFormatError, LoraReferenc
 from fetching.download import Limits
 from fetching.network import Client
 from fetching.store import DiskQuota
-from lora_loading.finding.reference import LoraReference, parse
-from lora_loading.finding.resolve import Endpoints, Resolver, explain, token_for
+from lora_loading.finding.reference import parse
+from lora_loading.finding.resolve import Resolver, explain, token_for
+from lora_loading.finding.services.service import Endpoints, LoraReference
 from lora_loading.finding.tokens import Tokens
 from settings import Settings
 from weights import CachedFile, WeightsCache

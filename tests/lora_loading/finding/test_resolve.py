@@ -17,7 +17,8 @@ import pytest
 from errors import DownloadError, HttpStatusError, LoraAccessError, LoraFormatError, LoraReferenceError, PredictionError
 from fetching.network import Client
 from lora_loading.finding.reference import parse
-from lora_loading.finding.resolve import Endpoints, Resolver, explain, token_for
+from lora_loading.finding.resolve import Resolver, explain, token_for
+from lora_loading.finding.services.service import Endpoints
 from lora_loading.finding.tokens import Tokens
 from tests.services import (
     ARCHIVED,
@@ -160,11 +161,9 @@ def test_no_file_at_all_is_said(world: World, text: str) -> None:
     assert "holds no .safetensors file" in world.fail(LoraAccessError, text)
 
 
-def test_a_repository_of_many_pages_is_read_to_its_end(world: World) -> None:
-    world.hub.page_size = 2
-    publish(world, *(f"sample{number}.bin" for number in range(7)), "z.safetensors")
+def test_a_repository_of_many_files_is_read_to_its_end(world: World) -> None:
+    publish(world, *(f"sample{number}.bin" for number in range(2000)), "z.safetensors")
     assert world.resolve("hf.co/owner/name").revision == f"{COMMIT}/z.safetensors"
-    assert world.hub.count("/api/models/owner/name/tree/main") == 5
 
 
 def test_a_renamed_repository_is_found(world: World) -> None:
@@ -210,7 +209,7 @@ def test_a_closed_repository_opens_with_its_readers_token_alone(world: World, cl
 def test_a_token_that_the_hub_does_not_know_is_said_to_be_that(world: World) -> None:
     publish(world, "a.safetensors")
     said = world.fail(LoraAccessError, "hf.co/owner/name", TOKENS)
-    assert "127.0.0.1 does not accept the token" in said
+    assert "does not accept the token" in said
     assert "set hf_api_token" in said
 
 
@@ -247,7 +246,7 @@ def test_a_hub_that_stays_busy_is_given_up(world: World) -> None:
 @pytest.mark.parametrize("reply", [HTML_WITH_200, json_reply({"unexpected": 1}), json_reply([1, None])])
 def test_a_hub_that_answers_nonsense_is_a_download_error(world: World, reply: Reply) -> None:
     world.hub.first += [reply]
-    assert "Hugging Face answered in a way" in world.fail(DownloadError, "hf.co/owner/name")
+    assert "Hugging Face answered in an unknown way" in world.fail(DownloadError, "hf.co/owner/name")
 
 
 def test_a_hub_that_is_not_there_is_a_download_error(world: World) -> None:
@@ -370,7 +369,7 @@ def test_a_file_that_lies_elsewhere_gets_no_token(world: World) -> None:
 @pytest.mark.parametrize("address", ["https://[x", 7, ["https://a.example"]])
 def test_an_address_that_is_none_is_an_answer_of_another_shape(world: World, address: object) -> None:
     publish_versions(world, civitai_version(4, files=[{**civitai_file(4, FILE), "downloadUrl": address}]))
-    with pytest.raises(DownloadError, match="CivitAI answered with JSON of a shape that we do not know"):
+    with pytest.raises(DownloadError, match="CivitAI answered with JSON of an unknown shape"):
         world.resolve("civitai.com/models/123")
 
 
@@ -516,7 +515,7 @@ def test_a_private_model_without_a_token_tells_what_the_operator_can_do(world: W
 @pytest.mark.parametrize("reply", [json_reply([]), json_reply({"latest_version": 3})])
 def test_a_replicate_that_answers_nonsense_is_a_download_error(world: World, reply: Reply) -> None:
     world.replicate.first += [reply]
-    assert "Replicate answered with JSON of a shape" in world.fail(DownloadError, "owner/name", TOKENS)
+    assert "Replicate answered with JSON of an unknown shape" in world.fail(DownloadError, "owner/name", TOKENS)
 
 
 # Addresses and data

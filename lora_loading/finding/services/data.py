@@ -1,7 +1,7 @@
-"""A file inside the request: a safetensors file, or a tar with one.
+"""A LoRA inside the request itself, as a data: URI: a safetensors file, or a tar with one.
 
 data:application/octet-stream;base64,...
-data:,...                                     with %-escapes
+data:,...                                     content with %-escapes
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from functools import cached_property
 from typing import NoReturn
 from urllib.parse import unquote_to_bytes
 
-from lora_loading.finding.references.named import Named, refuse
+from lora_loading.finding.services import url
+from lora_loading.finding.services.service import LoraReference, Network, Service, refuse
+from weights import Container, Source
 
-FORMS = ("data: URI of a safetensors file or of a tar with one",)
 MAX_BYTES = 256 * 2**20
 
 _SCHEME = "data:"
 
 
 @dataclass(frozen=True)
-class DataReference(Named):
+class DataReference(LoraReference):
     """A file that came inside the request."""
 
     content: bytes
     is_tar: bool
-    """A tar, else a safetensors file; seen from the content, since the media types in use say nothing."""
+    """Else a safetensors file. Found from the content, since clients send any media type."""
 
     @cached_property
     def sha256(self) -> str:
@@ -37,7 +38,7 @@ class DataReference(Named):
 
     @property
     def label(self) -> str:
-        """What it is, and how long."""
+        """Its size and the beginning of its digest."""
         return f"data: ({len(self.content):,} bytes, sha256 {self.sha256[:12]})"
 
     @property
@@ -47,7 +48,7 @@ class DataReference(Named):
 
     @property
     def immutable(self) -> bool:
-        """It is its own content."""
+        """Always: the reference is the content."""
         return True
 
     def __str__(self) -> str:
@@ -59,12 +60,14 @@ class DataReference(Named):
 
 
 def is_data(text: str) -> bool:
-    """Whether the text is a data: URI, or would be one."""
+    """Whether the text begins with data:."""
     return text[: len(_SCHEME)].lower() == _SCHEME
 
 
-def parse(text: str) -> DataReference:
-    """Read a data: URI, and see from the content what it is."""
+def parse(text: str) -> DataReference | None:
+    """Read a data: URI, and find from its content what it holds; None for any other text."""
+    if not is_data(text):
+        return None
     header, comma, payload = text[len(_SCHEME) :].partition(",")
     if not comma:
         refuse("there is no comma between its header and its content")
@@ -88,10 +91,32 @@ def _from_base64(payload: str) -> bytes:
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError):
-        refuse("its content is no base64")
+        refuse("its content is not base64")
 
 
 def _from_escapes(payload: str) -> bytes:
     if not payload.isascii():
-        refuse("its content holds characters that should be escaped")
+        refuse("its content holds characters that must be %-escaped")
     return unquote_to_bytes(payload)
+
+
+def resolve(network: Network, reference: DataReference, token: str | None) -> Source:
+    """The content itself. Digest and size are given for a bare file only: a tar's are not its member's."""
+    return Source(
+        name=reference.label,
+        content=reference.content,
+        container=Container.TAR if reference.is_tar else Container.SAFETENSORS,
+        revision=f"sha256:{reference.sha256}",
+        immutable=True,
+        sha256=None if reference.is_tar else reference.sha256,
+        size_bytes=None if reference.is_tar else len(reference.content),
+    )
+
+
+SERVICE = Service(
+    reference=DataReference,
+    forms=("data: URI of a safetensors file or of a tar with one",),
+    resolve=resolve,
+    access=url.ACCESS,
+    parse_text=parse,
+)

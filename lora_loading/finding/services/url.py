@@ -13,19 +13,21 @@ import re
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, urlsplit
 
-from lora_loading.finding.references.named import Named, refuse, shortened
-from lora_loading.finding.references.path import is_safetensors, segments_of, unescaped
+from lora_loading.finding.services.paths import is_safetensors, segments_of, unescaped
+from lora_loading.finding.services.service import Access, LoraReference, Network, Service, refuse, shortened
+from weights import Container, Source
 
-FORMS = ("https://any.host/file.safetensors or https://any.host/file.tar",)
+_ADVICE = "Give an address that anyone may read; a signed one expires, so it may have to be signed again."
+ACCESS = Access(token_of=lambda tokens: None, given_as="", advice=_ADVICE, advice_to_holder=_ADVICE)
 
 _IPV6 = re.compile(r"[0-9a-f:.]+")
 _HOST_NAME = re.compile(r"[a-z0-9._-]+")
 _URL_SAFE = "%/:=&?~+!$,;'@()*[]"
-"""What an address keeps as it is; escapes stay escapes, since a server may tell them apart."""
+"""Characters that are not escaped in an address. Escapes stay as they are, since a server may tell them apart."""
 
 
 @dataclass(frozen=True)
-class UrlReference(Named):
+class UrlReference(LoraReference):
     """A file at a web address, which may be signed."""
 
     address: str
@@ -37,7 +39,7 @@ class UrlReference(Named):
 
     @property
     def label(self) -> str:
-        """Host and file name; neither the query nor the folders, which may hold a signature."""
+        """Host and file name, without the query and the folders, which may hold a signature."""
         parts = urlsplit(self.address)
         return shortened(f"{parts.netloc}/.../{parts.path.rpartition('/')[2]}")
 
@@ -54,7 +56,7 @@ class UrlReference(Named):
 
 
 def parse(parts: SplitResult, plain_http_hosts: frozenset[str] = frozenset()) -> UrlReference:
-    """Read the address of a file; `plain_http_hosts` are "host" or "host:port" that it may name with http."""
+    """Read the address of a file; `plain_http_hosts` ("host" or "host:port") are those that http is allowed for."""
     if parts.scheme == "http" and not {parts.hostname, f"{parts.hostname}:{parts.port or 80}"} & plain_http_hosts:
         refuse("the address is plain http")
     name = unescaped(parts.path.rpartition("/")[2])
@@ -68,8 +70,8 @@ def _is_tar(path: str) -> bool:
 
 
 def canonical_address(parts: SplitResult) -> str:
-    """The address with its host in lower case, no port that goes without saying, and no bare blank or letter abroad."""
-    segments_of(parts.path)  # refuses ..
+    """The address with its host in lower case, without the default port, blanks and non-ASCII characters escaped."""
+    segments_of(parts.path)  # refuses ".."
     host = _ascii_host(parts.hostname or "")
     port = "" if parts.port in (None, 443 if parts.scheme == "https" else 80) else f":{parts.port}"
     query = f"?{quote(parts.query, safe=_URL_SAFE)}" if parts.query else ""
@@ -77,7 +79,7 @@ def canonical_address(parts: SplitResult) -> str:
 
 
 def _ascii_host(host: str) -> str:
-    """The host as the name system knows it, so that each spelling of a name abroad is one."""
+    """The host in its IDNA form (punycode)."""
     if ":" in host and _IPV6.fullmatch(host):
         return f"[{host}]"
     try:
@@ -87,3 +89,17 @@ def _ascii_host(host: str) -> str:
     if not _HOST_NAME.fullmatch(name):
         refuse("the host is no host name")
     return name
+
+
+def resolve(network: Network, reference: UrlReference, token: str | None) -> Source:
+    """The address itself; no token plays a part."""
+    container = Container.TAR if reference.is_tar else Container.SAFETENSORS
+    return Source(name=reference.label, address=reference.address, container=container)
+
+
+SERVICE = Service(
+    reference=UrlReference,
+    forms=("https://any.host/file.safetensors or https://any.host/file.tar",),
+    resolve=resolve,
+    access=ACCESS,
+)

@@ -1,4 +1,11 @@
-"""A model on CivitAI: the version that is named or the newest for FLUX.1, and its file.
+"""A model on CivitAI: the version that is named, else the newest for FLUX.1. All of CivitAI's domains are one service.
+
+civitai.com/models/123/some-name
+civitai.com/models/123?modelVersionId=456
+civitai.com/api/download/models/456
+urn:air:flux1:lora:civitai:123@456
+
+Asked:
 
 /api/v1/models/123               a model and its versions
 /api/v1/model-versions/456       a version
@@ -7,17 +14,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from errors import HttpStatusError, LoraAccessError, LoraFormatError
 from fetching.network import Client
-from lora_loading.finding.reference import CivitaiReference
-from lora_loading.finding.references.civitai import HOSTS
-from lora_loading.finding.sources.access import Access, message
-from lora_loading.finding.sources.api import bearer, json_object, known_shape, moved, one_line, sha256_digest
+from lora_loading.finding.services.api import (
+    bearer,
+    json_object,
+    one_line,
+    rebased_on,
+    sha256_digest,
+    translating_bad_json,
+)
+from lora_loading.finding.services.paths import segments_of
+from lora_loading.finding.services.service import Access, LoraReference, Network, Service, message, refuse
 from weights import Source
 
 ACCESS = Access(
@@ -28,6 +42,67 @@ ACCESS = Access(
 )
 BASE_MODEL = "Flux.1"
 LORA_TYPES = ("lora", "locon", "dora")
+HOSTS = ("civitai.com", "civitai.red", "civitai.green")
+
+_AIR = re.compile(r"(?:urn:)?air:(?:[\w.-]+:){0,2}civitai:([0-9]+)(?:@([0-9]+))?(?::[\w.-]+)?(?:\.\w+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
+@dataclass(frozen=True)
+class CivitaiReference(LoraReference):
+    """A model, a version of it, or a version alone: at least one of the two ids is set."""
+
+    model_id: int | None
+    version_id: int | None = None
+
+    @property
+    def immutable(self) -> bool:
+        """A version is fixed."""
+        return self.version_id is not None
+
+    def __str__(self) -> str:
+        if self.model_id is None:
+            return f"civitai.com/api/download/models/{self.version_id}"
+        version = "" if self.version_id is None else f"?modelVersionId={self.version_id}"
+        return f"civitai.com/models/{self.model_id}{version}"
+
+
+def parse(parts: SplitResult) -> CivitaiReference:
+    """Read the address of a model's page, or of a version's download."""
+    match segments_of(parts.path):
+        case ["models", model] | ["models", model, _]:
+            versions = _query(parts).get("modelVersionId", [None])
+            if len(set(versions)) > 1:
+                refuse("modelVersionId is given more than once")
+            return _reference(model, versions[0])
+        case ["api", "download", "models", version]:
+            return _reference(None, version)
+    refuse("the address is neither /models/<id> nor /api/download/models/<version>")
+
+
+def parse_air(text: str) -> CivitaiReference | None:
+    """Read an AIR (CivitAI's resource name); None where the text is none."""
+    match = _AIR.fullmatch(text)
+    return None if match is None else _reference(match[1], match[2])
+
+
+def _query(parts: SplitResult) -> dict[str, list[str]]:
+    try:
+        return parse_qs(parts.query, max_num_fields=100)
+    except ValueError:
+        refuse("the query behind the ? cannot be read")
+
+
+def _reference(model: str | None, version: str | None) -> CivitaiReference:
+    return CivitaiReference(_number(model, "model"), _number(version, "version"))
+
+
+def _number(text: str | None, what: str) -> int | None:
+    if text is None:
+        return None
+    if not _NUMBER.fullmatch(text) or int(text) == 0:
+        refuse(f"the {what}'s id is not a number")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -51,19 +126,20 @@ class _Version:
     """The safetensors files of type Model."""
 
 
-def resolve(client: Client, reference: CivitaiReference, token: str | None, *, endpoint: str) -> Source:
-    """Where the file of the version lies that is meant.
+def resolve(network: Network, reference: CivitaiReference, token: str | None) -> Source:
+    """Where the file of the named or newest version lies.
 
     Raises:
         LoraAccessError: the version belongs to another model.
         LoraFormatError: it is no LoRA for FLUX.1, or has no safetensors file.
     """
-    version = _version(client, reference, token, endpoint)
+    endpoint = network.endpoints.civitai
+    version = _version(network.client, reference, token, endpoint)
     file = next(iter(sorted(version.files, key=lambda file: not file.primary)), None)
     if file is None:
         found = f"version {version.id} has no safetensors file"
         raise LoraFormatError(message(reference, found, "Choose another version."))
-    with known_shape("CivitAI"):
+    with translating_bad_json("CivitAI"):
         address = _address(file, version, endpoint)
     return Source(
         name=reference.label,
@@ -76,8 +152,8 @@ def resolve(client: Client, reference: CivitaiReference, token: str | None, *, e
     )
 
 
-def explain(error: HttpStatusError, reference: CivitaiReference) -> LoraAccessError | None:
-    """What only CivitAI refuses for: that a file is in early access. None for any other reason."""
+def explain(error: HttpStatusError, reference: CivitaiReference, with_token: bool) -> LoraAccessError | None:
+    """What only CivitAI refuses for: a file in early access. None for any other reason."""
     body = json_object(error)
     if body.get("error") != "Early Access":
         return None
@@ -87,14 +163,14 @@ def explain(error: HttpStatusError, reference: CivitaiReference) -> LoraAccessEr
 
 
 def _version(client: Client, reference: CivitaiReference, token: str | None, endpoint: str) -> _Version:
-    """The version that is named, else the newest for FLUX.1; either is a LoRA for FLUX.1."""
+    """The named version, else the newest for FLUX.1; both are checked to be a LoRA for FLUX.1."""
     headers = dict(bearer(token))
     if reference.version_id is None:
         answer = client.get_json(f"{endpoint}/api/v1/models/{reference.model_id}", headers)
-        with known_shape("CivitAI"):
+        with translating_bad_json("CivitAI"):
             return _newest_for_flux([_read_version(v, answer) for v in answer["modelVersions"]], reference)
     answer = client.get_json(f"{endpoint}/api/v1/model-versions/{reference.version_id}", headers)
-    with known_shape("CivitAI"):
+    with translating_bad_json("CivitAI"):
         version = _read_version(answer, answer.get("model") or {})
     if reference.model_id not in (None, version.model_id):
         found = f"version {version.id} belongs to model {version.model_id}, not to model {reference.model_id}"
@@ -114,7 +190,7 @@ def _newest_for_flux(versions: Sequence[_Version], reference: CivitaiReference) 
 
 
 def _read_version(version: dict[str, Any], model: dict[str, Any]) -> _Version:
-    """Read a version out of its JSON; `model` is the JSON around it, or as much as is told."""
+    """Read a version from its JSON; `model` is the JSON of its model, or the part of it that came along."""
     files = [f for f in version["files"] if f.get("type") == "Model"]
     return _Version(
         id=int(version["id"]),
@@ -137,7 +213,22 @@ def _read_file(file: dict[str, Any]) -> _File:
 
 
 def _address(file: _File, version: _Version, endpoint: str) -> str:
-    """Where the file is downloaded: at our endpoint for CivitAI, unless it lies elsewhere."""
+    """Where the file is downloaded: at the configured endpoint if it lies at CivitAI, else where CivitAI says."""
     if not file.address:
         return f"{endpoint}/api/download/models/{version.id}"
-    return moved(file.address, endpoint) if urlsplit(file.address).hostname in HOSTS else file.address
+    return rebased_on(file.address, endpoint) if urlsplit(file.address).hostname in HOSTS else file.address
+
+
+SERVICE = Service(
+    reference=CivitaiReference,
+    forms=(
+        "civitai.com/models/123, civitai.com/models/123?modelVersionId=456 or civitai.com/api/download/models/456",
+        "urn:air:flux1:lora:civitai:123@456",
+    ),
+    resolve=resolve,
+    access=ACCESS,
+    hosts=HOSTS,
+    parse_address=parse,
+    parse_text=parse_air,
+    explain=explain,
+)

@@ -1,5 +1,12 @@
 """A model on Replicate: the tar of its training where a token shows it, else the public address of its weights.
 
+owner/name
+owner/name:version
+owner/name/version
+https://replicate.com/owner/name/versions/version
+
+Asked:
+
 /v1/models/owner/name     the latest version                  Replicate's API, with a token
 /v1/trainings             those of the token's account        the same
 /owner/name/versions/version/_weights                         the site, for anyone
@@ -8,16 +15,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import SplitResult, quote
 
 from errors import HttpStatusError
 from fetching.network import Client
-from lora_loading.finding.reference import ReplicateReference
-from lora_loading.finding.sources.access import Access
-from lora_loading.finding.sources.api import bearer, known_shape, moved
+from lora_loading.finding.services.api import bearer, rebased_on, translating_bad_json
+from lora_loading.finding.services.paths import is_safetensors, segments_of
+from lora_loading.finding.services.service import Access, LoraReference, Network, Service, refuse
 from weights import Container, Source
 
 ACCESS = Access(
@@ -32,20 +40,62 @@ MAX_PAGES = 10
 
 logger = logging.getLogger(__name__)
 
+_OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
+_VERSION = re.compile(r"[0-9a-f]{8,64}")
 
-def resolve(client: Client, reference: ReplicateReference, token: str | None, *, site: str, api: str) -> Source:
-    """Where the model's tar lies.
 
-    Args:
-        client: what the API is asked with.
-        reference: the model.
-        token: the caller's for the API; without one the API is not asked.
-        site: where the weights of public models are.
-        api: where the API is.
-    """
+@dataclass(frozen=True)
+class ReplicateReference(LoraReference):
+    """A model on Replicate, at its latest version unless one is named."""
+
+    owner: str
+    name: str
+    version: str | None = None
+    """8 to 64 lower-case hexadecimal digits."""
+
+    @property
+    def immutable(self) -> bool:
+        """A full version id is fixed; a shortened one may become ambiguous."""
+        return self.version is not None and len(self.version) == 64
+
+    def __str__(self) -> str:
+        version = f"/versions/{self.version}" if self.version else ""
+        return f"replicate.com/{self.owner}/{self.name}{version}"
+
+
+def parse(parts: SplitResult) -> ReplicateReference:
+    """Read the address of a model's page, of a version's, or of the weights behind either."""
+    return parse_name(parts.path)
+
+
+def parse_name(text: str) -> ReplicateReference:
+    """Read owner/name, owner/name:version, owner/name/version, owner/name/versions/version; maybe with /_weights."""
+    segments = segments_of(text)
+    if segments[-1:] == ["_weights"]:
+        segments = segments[:-1]
+    if len(segments) == 4 and segments[2] == "versions":
+        segments = [*segments[:2], segments[3]]
+    if len(segments) == 2 and ":" in segments[1]:
+        segments = [segments[0], *segments[1].split(":", 1)]
+    if len(segments) not in (2, 3):
+        refuse("it is not owner/name, and no address of a service that we know")
+    owner, name, *versions = segments
+    if not _OWNER.fullmatch(owner) or not _NAME.fullmatch(name) or ".." in name:
+        refuse("it is no owner/name")
+    if is_safetensors(name):
+        refuse("it looks like a path to a file, and files are not read")
+    version = versions[0].lower() if versions else None
+    if version is not None and not _VERSION.fullmatch(version):
+        refuse("what follows owner/name is not a version: 8 to 64 hexadecimal digits")
+    return ReplicateReference(owner, name, version)
+
+
+def resolve(network: Network, reference: ReplicateReference, token: str | None) -> Source:
+    """Where the model's tar lies. Without a token the API is not asked."""
     version, address = reference.version, None
     if token is not None:
-        account = _Account(client, api, token)
+        account = _Account(network.client, network.endpoints.replicate_api, token)
         try:
             version = version or account.latest_version(reference)
             address = account.trained_weights(reference, version)
@@ -54,7 +104,7 @@ def resolve(client: Client, reference: ReplicateReference, token: str | None, *,
     path = f"/versions/{version}" if version else ""
     return Source(
         name=reference.label,
-        address=address or f"{site}/{reference.owner}/{reference.name}{path}/_weights",
+        address=address or f"{network.endpoints.replicate}/{reference.owner}/{reference.name}{path}/_weights",
         container=Container.TAR,
         revision=version,
         immutable=reference.immutable,
@@ -72,13 +122,13 @@ class _Account:
     def latest_version(self, reference: ReplicateReference) -> str | None:
         """The model's latest version; None where it has none."""
         model = self._get(f"{self.api}/v1/models/{reference.owner}/{reference.name}")
-        with known_shape("Replicate"):
+        with translating_bad_json("Replicate"):
             return str(model["latest_version"]["id"]) if model["latest_version"] else None
 
     def trained_weights(self, reference: ReplicateReference, version: str | None) -> str | None:
-        """The address of the tar that a training of the account made, or None. The newest training comes first."""
+        """The address of the tar that a training of the account wrote, the newest first; None where there is none."""
         for training in self._trainings():
-            with known_shape("Replicate"):
+            with translating_bad_json("Replicate"):
                 if training["status"] == "succeeded" and _made(training["output"], reference, version):
                     found = self._get(f"{self.api}/v1/trainings/{quote(training['id'], safe='')}")
                     weights = found["output"].get("weights")
@@ -91,9 +141,9 @@ class _Account:
             if address is None:
                 return
             page = self._get(address)
-            with known_shape("Replicate"):
+            with translating_bad_json("Replicate"):
                 yield from page["results"]
-                address = moved(page["next"], self.api) if page.get("next") else None
+                address = rebased_on(page["next"], self.api) if page.get("next") else None
 
     def _get(self, address: str) -> Any:  # noqa: ANN401 - JSON
         return self.client.get_json(address, dict(bearer(self.token)))
@@ -104,3 +154,13 @@ def _made(output: dict[str, Any] | None, reference: ReplicateReference, version:
     model, _, made = str((output or {}).get("version") or "").rpartition(":")
     same_model = model.lower() == f"{reference.owner}/{reference.name}".lower()
     return made.startswith(version or "") and (same_model or (not model and version is not None))
+
+
+SERVICE = Service(
+    reference=ReplicateReference,
+    forms=("owner/name or owner/name:version (a Replicate model)",),
+    resolve=resolve,
+    access=ACCESS,
+    hosts=("replicate.com",),
+    parse_address=parse,
+)

@@ -1,46 +1,46 @@
-"""Paths inside names and addresses, taken apart the same way for every service."""
+"""Splitting the paths in names and addresses, by one rule for all services."""
 
 from __future__ import annotations
 
 import re
 from urllib.parse import unquote_to_bytes
 
-from lora_loading.finding.references.named import refuse
+from lora_loading.finding.services.service import refuse
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def segments_of(path: str) -> list[str]:
-    """What lies between the slashes, unescaped once; empty ones are dropped.
+    """Split at the slashes and unescape each segment once; empty segments are dropped.
 
-    An escaped slash separates nothing, so that `refs%2Fpr%2F1` stays one.
+    An escaped slash does not split: `refs%2Fpr%2F1` stays one segment.
 
     Raises:
-        UnknownFormError: it holds "." or "..", a backslash, or characters that no path has.
+        UnknownFormError: a segment is "." or "..", or holds a backslash or a control character.
     """
     segments = [unescaped(segment) for segment in path.split("/") if segment]
     for segment in segments:
         if holds_control(segment) or "\\" in segment:
-            refuse("it holds characters that no path has")
+            refuse("it holds control characters or a backslash")
         if any(part in ("", ".", "..") for part in segment.split("/")):
             refuse('it holds "." or ".." between slashes')
     return segments
 
 
 def unescaped(segment: str) -> str:
-    """The segment without its %-escapes.
+    """The segment with its %-escapes decoded.
 
     Raises:
-        UnknownFormError: they are no text.
+        UnknownFormError: they do not decode as UTF-8.
     """
     try:
         return unquote_to_bytes(segment).decode()
     except UnicodeDecodeError:
-        refuse("it holds escapes that are no text")
+        refuse("its %-escapes are not UTF-8")
 
 
 def holds_control(text: str) -> bool:
-    """Whether there are control characters or line separators in it."""
+    """Whether it holds control characters or line separators."""
     return _CONTROL.search(text) is not None
 
 

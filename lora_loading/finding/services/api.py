@@ -1,4 +1,4 @@
-"""What asking one service has in common with asking another: headers, addresses, texts, answers of another shape."""
+"""Helpers that the services' APIs share: headers, addresses, JSON of an unexpected shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from errors import DownloadError, HttpStatusError
-from lora_loading.finding.references.named import shortened
+from lora_loading.finding.services.service import shortened
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -18,27 +18,27 @@ _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
 
 def bearer(token: str | None) -> Headers:
-    """The headers that a token is sent in; none without one."""
+    """The Authorization header for a token; empty without one."""
     return () if token is None else (("Authorization", f"Bearer {token}"),)
 
 
-def moved(address: str, endpoint: str) -> str:
-    """An address of a service at our endpoint for it: a mirror, or the service itself, and so safe for its token."""
+def rebased_on(address: str, endpoint: str) -> str:
+    """The address with its scheme and host replaced by the endpoint's, so that the token goes to no other host."""
     parts = urlsplit(address)
     return f"{endpoint}{parts.path}{'?' if parts.query else ''}{parts.query}"
 
 
 @contextmanager
-def known_shape(service: str) -> Iterator[None]:
-    """Turn what unexpected JSON raises into a DownloadError."""
+def translating_bad_json(service: str) -> Iterator[None]:
+    """Turn the exceptions that JSON of an unexpected shape causes into a DownloadError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DownloadError(f"{service} answered with JSON of a shape that we do not know. Try again later.") from error
+        raise DownloadError(f"{service} answered with JSON of an unknown shape. Try again later.") from error
 
 
 def json_object(error: HttpStatusError) -> dict[str, Any]:
-    """The JSON object of an answer, empty if it is none."""
+    """The JSON object in the body of an error answer; empty if there is none."""
     try:
         body = json.loads(error.body)
     except (ValueError, RecursionError):
@@ -52,5 +52,5 @@ def sha256_digest(text: str | None) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """The text with everything unprintable as blanks, shortened."""
+    """The text on one line, unprintable characters as blanks, shortened."""
     return shortened(" ".join("".join(c if c.isprintable() else " " for c in text).split()), 200)
