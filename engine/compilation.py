@@ -16,6 +16,8 @@ compiled again:
 - A graph is valid for the grad mode of its first call. Warm up through the engine, which runs in
   `torch.inference_mode`.
 
+A graph that cannot be compiled runs eagerly, with one line in the log: slower, and the same images.
+
 Knows no requests, precisions or adapters.
 """
 
@@ -25,13 +27,14 @@ import hashlib
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from torch._dynamo.exc import RestartAnalysis
 
 from errors import SettingsError
 from fetching.files import private_folder, require_private, write_atomically
@@ -44,6 +47,9 @@ WARM_UP_SIZE = Size(1024, 1024)
 MAX_GRAPHS = 64
 """The limit of graphs for one class of blocks. torch's default of 8 is reached by three kinds of weights, two layouts
 and one-token images, and with `fullgraph=True` going beyond the limit is an error."""
+INDUCTOR_OPTIONS = {"loop_ordering_after_fusion": False}
+"""With torch's default of True, inductor 2.13 finds no common loops for the kernels of the fp8 single block, where the
+number of text and image tokens is a sum, and raises CantSplit. `script/dry-run` shows whether it still does."""
 PACKAGES = ("triton", "diffusers", "torchao")
 """Packages whose versions, besides torch's, decide whether kept graphs can be used."""
 SEAL_BYTES = hashlib.sha256().digest_size
@@ -54,7 +60,25 @@ def should_compile(setting: str, device: torch.device) -> bool:
     return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 
-def compile_blocks(transformer: FluxTransformer2DModel, backend: str | Callable[..., Any] = "inductor") -> None:
+def compiled_or_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph with inductor; one that cannot be compiled is logged in one line and returned as it is.
+
+    A backend for `torch.compile`. It never stops a prediction or the setup: a machine without a working compiler, or a
+    graph that inductor cannot handle, costs speed alone.
+    """
+    from torch._inductor.compile_fx import compile_fx  # seconds of imports, for who compiles
+
+    try:
+        return compile_fx(graph, inputs, config_patches=INDUCTOR_OPTIONS)  # type: ignore[return-value]
+    except (RestartAnalysis, torch.OutOfMemoryError):  # of Dynamo's own working, and not of the compiler's
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("compiling a graph failed, so it runs uncompiled and slower: %s", reason)
+        return graph.forward
+
+
+def compile_blocks(transformer: FluxTransformer2DModel, backend: str | Callable[..., Any] = compiled_or_eager) -> None:
     """Mark the transformer's blocks for compilation at their first call; blocks that are marked already are left alone.
 
     The attention backend and the types of the weights must be final by the first call.
@@ -66,6 +90,12 @@ def compile_blocks(transformer: FluxTransformer2DModel, backend: str | Callable[
     for block in transformer.modules():
         if type(block).__name__ in transformer._repeated_blocks and block._compiled_call_impl is None:
             block.compile(fullgraph=True, dynamic=True, backend=backend, recompile_limit=MAX_GRAPHS)
+
+
+def run_uncompiled(transformer: FluxTransformer2DModel) -> None:
+    """Take back `compile_blocks`."""
+    for block in transformer.modules():
+        block._compiled_call_impl = None
 
 
 def torch_folder(named: str | None, cache_dir: Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, should_compile
+from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, run_uncompiled, should_compile
 from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
 from engine.fp8 import Scheme, choose_scheme
 from engine.loading import Model, load_models
@@ -109,9 +109,26 @@ def _warm_up(engine: Engine, layout: Layout, cache: CompileCache) -> None:
     if engine.fast is not None:
         runs.append((True, ()))
     for go_fast, stack in runs:
-        list(engine.generate(_warm_up_request(name, go_fast), stack))
+        _generate_once(engine, _warm_up_request(name, go_fast), stack)
     cache.save()
     logger.info("compiled and warmed up in %.1f s", time.monotonic() - started)
+
+
+def _generate_once(engine: Engine, request: GenerationRequest, stack: Stack) -> None:
+    """Generate one image with compiled blocks; if that fails, with all blocks uncompiled.
+
+    Kernels are tuned at their first call, so a failure can come after `compiled_or_eager` returned. An error that has
+    nothing to do with compilation comes again, and ends the setup.
+    """
+    try:
+        list(engine.generate(request, stack))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("the first compiled image failed, so blocks run uncompiled and slower: %s", reason)
+        for precision in filter(None, (engine.exact, engine.fast)):
+            for model in precision.models.values():
+                run_uncompiled(model.pipelines[Mode.TXT2IMG].transformer)
+        list(engine.generate(request, stack))
 
 
 def _warm_up_request(model: str, go_fast: bool) -> GenerationRequest:

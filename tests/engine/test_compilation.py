@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from engine.compilation import (
     WARM_UP_SIZE,
     CompileCache,
     compile_blocks,
+    run_uncompiled,
     should_compile,
     torch_folder,
 )
@@ -212,6 +214,30 @@ def test_more_kinds_of_blocks_than_torch_allows_are_no_error_in_any_thread() -> 
     compile_blocks(model, counter)
     in_thread(lambda: model(torch.zeros(3)))
     assert counter.frame_count == len(model.blocks)
+
+
+# What cannot be compiled
+
+
+def test_a_graph_that_cannot_be_compiled_runs_eagerly(log: pytest.LogCaptureFixture) -> None:
+    model = Many(1)
+    given = torch.ones(3)
+    plain = model(given)
+    compile_blocks(model)
+    with fresh_cache(), torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        torch.testing.assert_close(model(given), plain)
+    (line,) = warnings_in(log)
+    assert line.startswith("compiling a graph failed, so it runs uncompiled and slower: ")
+    assert "\n" not in line
+
+
+def test_uncompiled_blocks_call_no_compiler() -> None:
+    counter = CompileCounter()
+    model = narrow_transformer(1, 1)
+    compile_blocks(model, counter)
+    run_uncompiled(model)
+    run(model, 17, 9)
+    assert counter.frame_count == 0
 
 
 # What is kept

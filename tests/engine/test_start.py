@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 
 from engine.profiles import model_profiles
 from engine.start import GRAPHS, start_engine
@@ -39,3 +41,25 @@ def test_a_compiled_engine_keeps_its_graphs_and_draws_nearly_the_same(
     with caplog.at_level(logging.INFO):
         start_engine(profiles, settings, CPU)
     assert "MB loaded in" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True])
+def test_a_machine_that_cannot_compile_serves_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, late: bool
+) -> None:
+    """Without a working compiler, and where a kernel fails at its first call."""
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda *_, **__: failing if late else failing())
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING):
+        engine = start_engine(
+            model_profiles("tiny", Settings()), Settings(compile="on", cache_dir=tmp_path), torch.device("cpu")
+        )
+    lines = [record.getMessage() for record in caplog.records if "no kernel image" in record.getMessage()]
+    assert lines
+    assert all("uncompiled and slower" in line for line in lines)
+    assert next(engine.generate(request_of(**QUICK, go_fast=True)))
