@@ -21,7 +21,7 @@ from typing import BinaryIO
 from errors import DiskError, DownloadError, HttpStatusError
 from fetching.containers import check_safetensors, copy_only_safetensors
 from fetching.deadline import Deadline
-from fetching.download import Downloaded, Limits, Progress, download
+from fetching.download import Downloaded, Limits, Progress, download, refuse_oversize
 from fetching.files import digest_of_file, free_bytes_of, megabytes
 from fetching.network import Client
 from fetching.store import DiskQuota, Entry, Store, closed_on_error, read_entry
@@ -205,7 +205,9 @@ class WeightsCache:
             return self._store_content(source.content, file)
         deadline = Deadline(self._limits.total_seconds)
         with self._client.get(source.address, dict(source.headers), deadline=deadline) as response:
-            self._store.make_room(response.length or source.size_bytes or 0)
+            announced = response.length or source.size_bytes or 0
+            refuse_oversize(announced, self._limits, response.host)  # before anything is evicted for it
+            self._store.make_room(announced)
             progress = _logged_progress(source.name)
             return download(self._client, response, file, self._limits, progress, deadline)
 

@@ -150,13 +150,13 @@ def download(
     deadline = Deadline(limits.total_seconds, deadline)
     try:
         with response:
-            _refuse_oversize(response.length, limits, response.host)
+            refuse_oversize(response.length, limits, response.host)
             return _Download(client, response, file, limits, progress, deadline).run(_split(response))
     except RestartRequired:
         pass
     file.truncate(0)
     with client.get(response.address, response.secret_headers, deadline=deadline) as again:
-        _refuse_oversize(again.length, limits, again.host)
+        refuse_oversize(again.length, limits, again.host)
         whole = [_Part(0, again.length)]
         try:
             return _Download(client, again, file, limits, progress, deadline).run(whole)
@@ -181,7 +181,12 @@ def _validator(response: Response) -> str | None:
     return etag if etag is not None and not etag.startswith("W/") else response.header("Last-Modified")
 
 
-def _refuse_oversize(length: int | None, limits: Limits, host: str) -> None:
+def refuse_oversize(length: int | None, limits: Limits, host: str) -> None:
+    """Refuse a file whose announced length exceeds the limit.
+
+    Raises:
+        DownloadError: it does.
+    """
     if length is not None and length > limits.max_bytes:
         raise DownloadError(
             f"The file at {host} has {length / 1e6:.1f} MB, and at most {limits.max_bytes / 1e6:.1f} MB are fetched. "

@@ -41,6 +41,10 @@ ATTEMPTS = 4
 MAX_JSON_BYTES = 8 * 2**20
 USER_AGENT = "flux-predictor"
 REDIRECTS = (301, 302, 303, 307, 308)
+MOST_DIGITS = 18
+"""Of a length that is taken as it is; more stand for "too much", and Python refuses to read 4,300 of them."""
+RELAYS_IPV4 = ipaddress.IPv4Network("192.88.99.0/24")
+"""6to4, deprecated by RFC 7526: it may lead to private addresses."""
 NOT_PUBLIC_IPV6 = tuple(map(ipaddress.IPv6Network, ("2001::/23", "2002::/16", "2001:db8::/32", "3fff::/20")))
 """Inside 2000::/3, but for relays and documentation: they may lead to private addresses."""
 
@@ -54,7 +58,7 @@ def is_public(address: str) -> bool:
     """Whether an IP address, as text, belongs to the public internet and is no relay to another network."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
-        return ip.is_global and not ip.is_multicast
+        return ip.is_global and not ip.is_multicast and ip not in RELAYS_IPV4
     if ip.ipv4_mapped is not None:
         return is_public(str(ip.ipv4_mapped))
     unicast = ip in ipaddress.IPv6Network("2000::/3")
@@ -91,9 +95,11 @@ class Response:
 
     @property
     def length(self) -> int | None:
-        """The body's length according to the header."""
+        """The body's length according to the header, at most 10 ** 18."""
         text = self.header("Content-Length")
-        return int(text) if text is not None and text.isdecimal() else None
+        if text is None or not text.isdecimal():
+            return None
+        return int(text) if len(text) <= MOST_DIGITS else 10**MOST_DIGITS
 
     def read_some(self, limit: int) -> bytes:
         """Return the next bytes, from 1 to `limit`; empty at the end, which may come before `length` bytes.
@@ -290,9 +296,9 @@ class Client:
         except (OSError, UnicodeError) as error:
             busy = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
             kind = BrokenConnectionError if busy else DownloadError
-            raise kind(f"The host {host} cannot be found. Check the address.") from error
+            raise kind(f"The host {host[:100]} cannot be found. Check the address.") from error
         if public_only and not (found and all(is_public(str(info[4][0])) for info in found)):
-            raise DownloadError(f"The host {host} is not on the public internet. Give a public https address.")
+            raise DownloadError(f"The host {host[:100]} is not on the public internet. Give a public https address.")
         return found
 
 

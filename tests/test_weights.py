@@ -507,6 +507,17 @@ def test_two_hundred_kills_leave_no_broken_file(storage: Storage, tmp_path: Path
     kill_at_random(storage, tmp_path, 200)
 
 
+@pytest.mark.parametrize("declared", ["9" * 12, "9" * 400, "9" * 5000])
+def test_a_length_that_a_host_makes_up_evicts_nothing(storage: Storage, tmp_path: Path, declared: str) -> None:
+    cache = open_cache(storage, tmp_path)
+    get(cache, Source("x", storage.put("/x", ServedFile(CONTENT))))
+    address = storage.put("/y", ServedFile(b"y"))
+    storage.first.append(Reply(200, {}, b"y", declared_length=declared))  # type: ignore[arg-type]
+    with pytest.raises(DownloadError, match="at most"):
+        get(cache, Source("y", address))
+    assert len(blobs(tmp_path)) == 1
+
+
 # Speed
 
 
