@@ -17,6 +17,8 @@ from errors import InputError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
 MAX_PIXELS = 40_000_000
 MAX_ASPECT = 8
+ROWS = 256
+"""How many rows are scaled at a time: whole images of 40 megapixels would take a gigabyte as float64."""
 MAX_FILE_BYTES = 100 * 2**20
 WEBP_METHOD = 2
 """Effort of the webp encoder, 0 to 6; `script/bench cpu` measures time and file size for each."""
@@ -91,13 +93,15 @@ def _check_shape(image: Image.Image, name: str) -> None:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit and floating-point greyscale to 8 bits; return other modes unchanged."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64) / 257
-    elif image.mode == "F":
-        values = np.asarray(image, dtype=np.float64) * 255
-    else:
+    if image.mode != "F" and not image.mode.startswith("I"):
         return image
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    factor = 255.0 if image.mode == "F" else 1 / 257
+    values = np.asarray(image)
+    scaled = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), ROWS):
+        rows = slice(start, start + ROWS)
+        scaled[rows] = np.clip(np.rint(values[rows].astype(np.float64) * factor), 0, 255)
+    return Image.fromarray(scaled)
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -99,6 +99,12 @@ def test_sixteen_bits_are_scaled_to_eight(save: Save) -> None:
     assert [image.getpixel(xy) for xy in ((4, 4), (20, 4), (4, 20), (20, 20))] == [(v, v, v) for v in (0, 255, 128, 1)]
 
 
+def test_every_value_of_sixteen_bits_is_rounded(save: Save) -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(512, 128)
+    image = open_image(save(Image.fromarray(values)))
+    assert np.array_equal(np.asarray(image)[..., 0], np.rint(values / 257))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that declares this size but holds hardly any data: small to send, large to decode."""
 
