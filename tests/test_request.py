@@ -88,6 +88,12 @@ def test_a_size_that_is_none_cannot_be_made(sides: tuple[int, int]) -> None:
         Size(*sides)
 
 
+def test_a_prompt_that_no_model_reads_is_refused_before_it_is_tokenized() -> None:
+    assert request_of(prompt="x" * 20_000).prompt
+    with pytest.raises(InputError, match=r"The prompt has 20,001 characters. Give at most 20,000"):
+        request_of(prompt="x" * 20_001)
+
+
 def test_the_mode_follows_from_the_images(save: Save) -> None:
     image = save(Image.new("RGB", (64, 64)))
     assert request_of().mode is Mode.TXT2IMG
