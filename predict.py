@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from cog import BasePredictor, Input, Path, Secret
 
-from errors import DiskError, InputError, PredictionError
+from errors import DiskError, InputError, PredictionError, UnsafeOutputError
 from fetching.files import temporary_name
 from image_metadata import xmp_packet
 from images import encode
-from logs import configure_logging
+from logs import Event, configure_logging, log_stage
 from lora_loading.finding.tokens import Tokens
 from request import GenerationRequest, build_request
 from safety.gate import Gate
@@ -43,9 +43,11 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the models of the profile that the settings choose."""
-        configure_logging()
         started = time.monotonic()
         settings = Settings.from_env(os.environ)
+        configure_logging(settings.log_format)
+        if settings.metrics is not None:
+            publish_metrics(settings.metrics)
         # imported here: torch takes seconds, and configure_logging must run first
         from engine.compilation import torch_folder
         from engine.device import choose_device
@@ -202,8 +204,8 @@ class Predictor(BasePredictor):
         ),
     ) -> List[Path]:
         """Return the image files, in order; they are removed when the next prediction starts."""
+        started = time.monotonic()
         try:
-            started = time.monotonic()
             refuse_unchecked(disable_safety_checker, self.safety_required)
             with self.uploads.fetched(image, mask) as (image_file, mask_file):
                 request = build_request(
@@ -230,7 +232,8 @@ class Predictor(BasePredictor):
                     default_lora=self.loras.default_lora,
                     plain_http_hosts=self.plain_http_hosts,
                 )
-            self._announce(request)
+                size_bytes = sum(file.stat().st_size for file in (image_file, mask_file) if file is not None)
+            self._announce(request, Event("inputs", time.monotonic() - started, size_bytes))
             stack = self._adapters(request, hf_api_token, civitai_api_token)
             folder = self.outputs.fresh()
             gate = Gate(self.checker)
@@ -244,21 +247,20 @@ class Predictor(BasePredictor):
             files = [Path(file.result()) for file in written]
             self._report(gate)
             gate.require_one()
-            logger.info("images made: %d, in %.1f s", len(files), time.monotonic() - started)
+            event = Event("prediction", time.monotonic() - started, outcome="succeeded", images=len(files))
+            log_stage(logger, event, f"images made: {len(files)}, in {event.seconds:.1f} s")
             return files
         except BaseException as error:  # a cancellation is a BaseException
             self.outputs.clear()
-            log_failure(error)
+            log_failure(error, time.monotonic() - started)
             raise
 
-    def _announce(self, request: GenerationRequest) -> None:
+    def _announce(self, request: GenerationRequest, read: Event) -> None:
         for note in request.notes:
             logger.info("%s", note)
         logger.info("Using seed: %d", request.seed)  # clients of other FLUX predictors match this line
-        logger.info(
-            "%s %s, %dx%d, %d steps",
-            request.model, request.mode.value, request.size.width, request.size.height, request.num_inference_steps,
-        )  # fmt: skip
+        what = f"{request.model} {request.mode.value}, {request.size.width}x{request.size.height}"
+        log_stage(logger, read, f"{what}, {request.num_inference_steps} steps; inputs read in {read.seconds:.2f} s")
         self.record_metric("seed", request.seed)
 
     def _adapters(
@@ -270,8 +272,11 @@ class Predictor(BasePredictor):
         stack, facts = [], []
         for reference, scale in request.loras:
             with self.loras.open(reference, tokens) as file:
+                started = time.monotonic()
                 adapter = self.adapters.get(file.path, shapes, file.sha256, reference.label)
-            logger.info("LoRA %s: scale %g, %s", reference.label, scale, adapter.summary)
+            event = Event("read_lora", time.monotonic() - started, file.size_bytes)
+            found = f"scale {scale:g}, {adapter.summary}, read in {event.seconds:.2f} s"
+            log_stage(logger, event, f"LoRA {reference.label}: {found}")
             stack.append((adapter, scale))
             facts.append(lora_facts(adapter, file))
         if facts:
@@ -283,7 +288,9 @@ class Predictor(BasePredictor):
 
     def _report(self, gate: Gate) -> None:
         if gate.checked:
-            logger.info("safety: %d checked, %d withheld, in %.2f s", gate.checked, gate.withheld, gate.seconds)
+            event = Event("check", gate.seconds, images=gate.checked, withheld=gate.withheld)
+            found = f"{gate.checked} checked, {gate.withheld} withheld"
+            log_stage(logger, event, f"safety: {found}, in {gate.seconds:.2f} s")
         else:
             logger.info("safety: not checked, as disable_safety_checker asks")
         self.record_metric("safety_checked", gate.checked)
@@ -327,19 +334,44 @@ def write(
     folder: pathlib.Path, index: int, image: "Image", request: GenerationRequest, xmp: Optional[bytes]
 ) -> pathlib.Path:
     """Encode an image with its XMP packet into a new file in `folder` and return its path."""
+    started = time.monotonic()
     file = folder / f"{folder.name}-{index}.{request.output_format}"
-    file.write_bytes(encode(image, request.output_format, request.output_quality, xmp))
+    content = encode(image, request.output_format, request.output_quality, xmp)
+    file.write_bytes(content)
+    event = Event("write", time.monotonic() - started, len(content))
+    log_stage(logger, event, f"image {index}: {len(content) / 1e3:.0f} kB written in {event.seconds:.2f} s")
     return file
 
 
-def log_failure(error: BaseException) -> None:
+def log_failure(error: BaseException, seconds: float) -> None:
     """Log why a prediction failed: user errors by their message, unexpected ones with a traceback, a cancellation briefly."""
+    kind = type(error).__name__
     if isinstance(error, PredictionError):
-        logger.error("%s: %s", type(error).__name__, error)
+        outcome = "withheld" if isinstance(error, UnsafeOutputError) else "failed"
+        logger.error("%s: %s", kind, error, extra=ended(outcome, seconds, kind))
     elif isinstance(error, Exception):
-        logger.error("the prediction failed", exc_info=error)
+        logger.error("the prediction failed", exc_info=error, extra=ended("failed", seconds, kind))
     else:
-        logger.info("prediction cancelled: %s", type(error).__name__)
+        logger.info("prediction cancelled: %s", kind, extra=ended("cancelled", seconds))
+
+
+def ended(outcome: str, seconds: float, error: Optional[str] = None) -> Dict[str, Event]:
+    """What a log record carries about a prediction without images."""
+    return {"event": Event("prediction", seconds, outcome=outcome, error=error)}
+
+
+def publish_metrics(address: Tuple[str, int]) -> None:
+    """Count what is logged from now on, and serve the counts to Prometheus.
+
+    Raises:
+        SettingsError: the address cannot be listened on.
+    """
+    from metrics import Metrics, serve_metrics
+
+    metrics = Metrics()
+    serve_metrics(metrics, address)
+    logging.getLogger().addHandler(metrics)
+    logger.info("metrics on http://%s:%d/metrics", *address)
 
 
 def lora_facts(adapter: "LoraAdapter", file: "CachedFile") -> Dict[str, Any]:

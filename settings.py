@@ -9,6 +9,7 @@ from pathlib import Path
 from errors import SettingsError
 
 PROFILES = ("auto", "full", "tiny")
+LOG_FORMATS = ("text", "json")
 METADATA = ("off", "mark", "settings", "prompt")
 COMPILE = ("auto", "on", "off")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -46,6 +47,10 @@ class Settings:
     the Hub."""
     metadata: str = "settings"
     """What output files carry: `off`, `mark` (that they are generated), `settings`, `prompt` (settings and prompt)."""
+    log_format: str = "text"
+    """`text` or `json`."""
+    metrics: tuple[str, int] | None = None
+    """Host and port at which Prometheus finds the metrics; None serves none."""
     trusted_hosts: frozenset[str] = frozenset()
     """Hosts ("host" or "host:port") that may use plain http and private addresses."""
     share_operator_tokens: bool = False
@@ -79,6 +84,8 @@ class Settings:
             safety_required=_switch(environ, "FLUX_SAFETY_REQUIRED", cls.safety_required),
             safety_folder=_optional(environ, "FLUX_SAFETY_FOLDER"),
             metadata=_choice(environ, "FLUX_METADATA", METADATA, cls.metadata),
+            log_format=_choice(environ, "FLUX_LOG_FORMAT", LOG_FORMATS, cls.log_format),
+            metrics=_listening(environ, "FLUX_METRICS_PORT"),
             trusted_hosts=frozenset(_listed(environ, "FLUX_TRUSTED_HOSTS")),
             share_operator_tokens=_switch(environ, "FLUX_SHARE_OPERATOR_TOKENS", cls.share_operator_tokens),
             hugging_face_endpoint=_endpoint(environ, "HF_ENDPOINT"),
@@ -152,6 +159,17 @@ def _listed(environ: Mapping[str, str], name: str) -> list[str]:
         if "/" in host or "@" in host:
             raise SettingsError(f'{name} holds "{host}". Set it to host or host:port, separated by commas.')
     return hosts
+
+
+def _listening(environ: Mapping[str, str], name: str) -> tuple[str, int] | None:
+    """`port` or `host:port`; without a host all interfaces, as Cog's server listens in an image."""
+    text = _optional(environ, name)
+    if text is None:
+        return None
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise SettingsError(f'{name} is "{text}". Set it to a port, such as 9400, or to host:port.')
+    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - see above
 
 
 def _endpoint(environ: Mapping[str, str], name: str) -> str | None:

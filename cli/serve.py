@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli.schema import PROJECT, write_schema
-from cli.server_log import ServerLog
+from cli.server_log import Console, ServerLog
 
 READY = ("READY", "BUSY")
 POLL_SECONDS = 0.5
@@ -62,6 +62,8 @@ def start_server(
         "PORT": str(port),
         "COG_PREDICT_TYPE_STUB": predictor,
     }
+    if environment.get("FLUX_METRICS_PORT", "").isdecimal():  # the metrics listen where the predictions do
+        environment["FLUX_METRICS_PORT"] = f"{host}:{environment['FLUX_METRICS_PORT']}"
     if temporary is not None:
         environment["TMPDIR"] = str(temporary)
     command = [sys.executable, "-m", "cog.server.http", "--host", host, *extra]
@@ -168,10 +170,12 @@ class Health:
 class Supervisor:
     """Starts the server, watches it, and ends it on a signal."""
 
-    def __init__(self, host: str, port: int, extra: tuple[str, ...]) -> None:
+    def __init__(self, host: str, port: int, extra: tuple[str, ...], console: Console) -> None:
         self._host = host
         self._port = port
         self._extra = extra
+        self._say = console.say
+        self._console = console
         self._server: subprocess.Popen[str] | None = None
         self.stopping = 0
         """How many signals asked for the end."""
@@ -189,7 +193,7 @@ class Supervisor:
                 self._host, self._port, extra=self._extra, temporary=Path(temporary), output=subprocess.PIPE
             )
             self._server = server
-            log = ServerLog(server.stdout or ())
+            log = ServerLog(server.stdout or (), self._console.log)
             try:
                 return self._serve(server, log)
             finally:
@@ -209,13 +213,13 @@ class Supervisor:
             if fault := watched.fault(health(self._host, self._port)):
                 return fault
             if watched.complaint != said:
-                say(f"unhealthy: {watched.complaint}" if watched.complaint else "healthy again")
+                self._say(f"unhealthy: {watched.complaint}" if watched.complaint else "healthy again")
             self._wait(POLL_SECONDS)
         self._drain(server, log)
         return None
 
     def _load(self, server: subprocess.Popen[str], log: ServerLog) -> str | None:
-        say(f"loading, then serving on {address(self._host, self._port)}; ctrl-C stops it")
+        self._say(f"loading, then serving on {address(self._host, self._port)}; ctrl-C stops it")
         started = time.monotonic()
         status = "TIMED OUT"
         while status == "TIMED OUT" and not self.stopping:
@@ -228,7 +232,7 @@ class Supervisor:
             log.show_held()
             return f"the server did not get ready: {status}"
         log.drop_held()
-        say(f"ready on {address(self._host, self._port)} after {time.monotonic() - started:.1f} s")
+        self._say(f"ready on {address(self._host, self._port)} after {time.monotonic() - started:.1f} s")
         return None
 
     def _drain(self, server: subprocess.Popen[str], log: ServerLog) -> None:
@@ -237,7 +241,7 @@ class Supervisor:
         At SIGTERM coglet 0.23 waits for synchronous predictions alone and loses asynchronous ones, hence the wait.
         """
         if self._is_busy():
-            say("finishing the running prediction; ctrl-C again ends it at once")
+            self._say("finishing the running prediction; ctrl-C again ends it at once")
             while self.stopping == 1 and self._is_busy():
                 time.sleep(0.05)
             self._wait(WEBHOOK_SECONDS, stopping=1)
@@ -248,7 +252,7 @@ class Supervisor:
             server.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
             kill(server)
-        say("stopped")
+        self._say("stopped")
 
     def _is_busy(self) -> bool:
         return health(self._host, self._port).get("status") == "BUSY"
@@ -263,12 +267,7 @@ class Supervisor:
             time.sleep(0.05)
 
 
-def say(text: str) -> None:
-    """Print one line of the supervisor's own."""
-    print(text, flush=True)
-
-
-def supervise(supervisor: Supervisor, restart: bool) -> int:
+def supervise(supervisor: Supervisor, restart: bool, console: Console) -> int:
     """Serve until a signal, or until a fault that ends it; return the exit status.
 
     With `restart` a fault starts the server anew, after a pause that doubles from 1 s to a minute; a server that ran
@@ -280,11 +279,11 @@ def supervise(supervisor: Supervisor, restart: bool) -> int:
         fault = supervisor.run()
         if fault is None or supervisor.stopping:
             return 0
-        print(f"Error: {fault}", file=sys.stderr, flush=True)
+        console.error(fault)
         if not restart:
             return 1
         pause = 1.0 if time.monotonic() - started > STABLE_SECONDS else pause
-        say(f"starting again in {pause:.0f} s")
+        console.say(f"starting again in {pause:.0f} s")
         supervisor.wait(pause)
         if supervisor.stopping:
             return 0
@@ -307,10 +306,11 @@ def main() -> None:
             "Choose another one with --port."
         )
     extra = ("--upload-url", arguments.upload_url) if arguments.upload_url else ()
-    supervisor = Supervisor(arguments.host, arguments.port, extra)
+    console = Console(os.environ.get("FLUX_LOG_FORMAT", "text"))
+    supervisor = Supervisor(arguments.host, arguments.port, extra, console)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, supervisor.on_signal)
-    sys.exit(supervise(supervisor, arguments.restart))
+    sys.exit(supervise(supervisor, arguments.restart, console))
 
 
 if __name__ == "__main__":

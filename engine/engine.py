@@ -7,6 +7,7 @@ seed and not on `num_outputs`, and the first image is ready as early as if it we
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from engine.out_of_memory import retry_on_oom
 from engine.precision import Precision
 from errors import ModelError
 from images import composite
+from logs import Event, log_stage
 from lora_loading.applying.manager import AdapterManager, Stack
 from lora_loading.shapes import CLIP, T5, ModelShapes
 from request import GenerationRequest, Mode
@@ -95,7 +97,10 @@ class Engine:
         with self._on_device(precision, pipeline.transformer):
             for index in range(request.num_outputs):
                 make = partial(self._denoise, pipeline, model, request, index, prompt_embeds, pooled)
+                started = time.monotonic()
                 image = retry_on_oom(make, request.size)
+                seconds = time.monotonic() - started
+                log_stage(logger, Event("generate", seconds), f"image {index}: generated in {seconds:.2f} s")
                 if request.image is not None and request.mask is not None:
                     image = composite(request.image, image, request.mask)
                 yield image
@@ -115,8 +120,12 @@ class Engine:
         if precision is self.exact and self.fast is not None and self._layout.working_copy is Placement.ON_DEMAND:
             self.fast.release()
         adapters = precision.adapters[request.model]
-        adapters.apply(stack)
-        return self._encoded(model, adapters, request.prompt)
+        _apply(adapters, stack)
+        started = time.monotonic()
+        encoded = self._encoded(model, adapters, request.prompt)
+        seconds = time.monotonic() - started
+        log_stage(logger, Event("encode_prompt", seconds), f"prompt encoded in {seconds:.2f} s")
+        return encoded
 
     def _on_device(self, precision: Precision, transformer: nn.Module) -> AbstractContextManager[None]:
         """Within, the transformer is on the device; the working copy's transformers always are."""
@@ -175,6 +184,16 @@ class Engine:
             **from_mask,
         ).images[0]
         return _to_image(pixels)
+
+
+def _apply(adapters: AdapterManager, stack: Stack) -> None:
+    """Make the model carry the stack; one log line."""
+    started = time.monotonic()
+    before = [component.active_stack for component in adapters.components.values()]
+    adapters.apply(stack)
+    swapped = before != [component.active_stack for component in adapters.components.values()]
+    event = Event("apply_loras", time.monotonic() - started, outcome="swapped" if swapped else "kept")
+    log_stage(logger, event, f"LoRAs {event.outcome}: {len(stack)}, in {event.seconds:.2f} s")
 
 
 def denoising_steps(request: GenerationRequest) -> int:

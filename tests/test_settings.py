@@ -33,6 +33,25 @@ def test_the_profile_follows_the_setting_then_the_device(profile: str, cuda: boo
     assert choose_profile(Settings(profile=profile), cuda)[0] == chosen
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("9400", ("0.0.0.0", 9400)),
+        ("127.0.0.1:9400", ("127.0.0.1", 9400)),
+        ("[::1]:9400", ("::1", 9400)),
+        ("::1:9400", ("::1", 9400)),
+    ],
+)
+def test_metrics_listen_where_they_are_told(text: str, address: tuple[str, int]) -> None:
+    assert Settings.from_env({"FLUX_METRICS_PORT": text}).metrics == address
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "65536", "http", "localhost:", "²"])
+def test_a_port_that_is_none_names_the_variable(text: str) -> None:
+    with pytest.raises(SettingsError, match="FLUX_METRICS_PORT is"):
+        Settings.from_env({"FLUX_METRICS_PORT": text})
+
+
 def test_the_full_profile_takes_its_sources_from_the_settings() -> None:
     settings = Settings.from_env({"FLUX_PROFILE": "full", "FLUX_DEV": "/models/dev", "FLUX_SCHNELL": "/models/schnell"})
     dev, schnell = model_profiles("full", settings)

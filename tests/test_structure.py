@@ -13,6 +13,7 @@ ROOMS = (
     "errors",
     "settings",
     "logs",
+    "metrics",
     "images",
     "fetching",
     "uploads",

@@ -11,6 +11,7 @@ from errors import DownloadError, HttpStatusError, LoraFormatError, LoraReferenc
 from fetching.download import Limits
 from fetching.network import Client
 from fetching.store import DiskQuota
+from logs import Event, log_stage
 from lora_loading.finding.reference import parse
 from lora_loading.finding.resolve import Resolver, explain, token_for
 from lora_loading.finding.services.service import Endpoints, LoraReference
@@ -65,9 +66,9 @@ class LoraStore:
         """
         with ExitStack() as held:
             file = self._enter(held, reference, self._operator.tokens_for(reference, tokens))
-            logger.info(
-                "LoRA %s: %s, %.1f MB, %.2f s", reference.label, file.outcome, file.size_bytes / 1e6, file.seconds
-            )
+            event = Event("fetch_lora", file.seconds, file.size_bytes, file.outcome)
+            found = f"{file.outcome}, {file.size_bytes / 1e6:.1f} MB, {file.seconds:.2f} s"
+            log_stage(logger, event, f"LoRA {reference.label}: {found}")
             yield file
 
     def _enter(self, held: ExitStack, reference: LoraReference, tokens: Tokens) -> CachedFile:

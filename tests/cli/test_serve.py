@@ -81,8 +81,16 @@ def hostile() -> Iterator[dict[Behaviour, HostileHost]]:
 
 
 @pytest.fixture(scope="module")
+def metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
 def client(
-    lora_storage: Storage, hostile: dict[Behaviour, HostileHost], tmp_path_factory: pytest.TempPathFactory
+    lora_storage: Storage,
+    hostile: dict[Behaviour, HostileHost],
+    metrics_port: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Client]:
     port = free_port()
     with pytest.MonkeyPatch.context() as environment:
@@ -90,6 +98,7 @@ def client(
         environment.setenv("FLUX_CACHE_MIN_FREE_GB", "0")
         trusted = [lora_storage.authority, *(host.authority for host in hostile.values())]
         environment.setenv("FLUX_TRUSTED_HOSTS", ",".join(trusted))
+        environment.setenv("FLUX_METRICS_PORT", str(metrics_port))
         server = start_server("127.0.0.1", port)
     try:
         assert wait_until_ready(server, "127.0.0.1", port, 120) == "READY"
@@ -315,6 +324,18 @@ def test_the_document_is_served(client: Client) -> None:
     assert document["components"]["schemas"]["Input"]["required"] == ["prompt"]
 
 
+def test_metrics_are_served_by_the_process_that_predicts(client: Client, metrics_port: int) -> None:
+    def succeeded() -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=5) as answer:
+            name = 'flux_predictions_total{outcome="succeeded"} '
+            return sum(float(line.removeprefix(name)) for line in answer.read().decode().splitlines() if name in line)
+
+    before = succeeded()
+    client.predict()
+    client.wait_for_slot()
+    assert succeeded() == before + 1
+
+
 # script/serve itself, with an upload address
 
 
@@ -468,6 +489,21 @@ def test_a_dead_worker_ends_the_server_with_a_line_and_leaves_nothing(
     assert errors.splitlines()[-1].startswith("Error: UNHEALTHY")
     assert not any(map(is_running, processes[1:]))
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_json_lines_carry_the_predictions_id(served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX_LOG_FORMAT", "json")
+    server = served()
+    assert server.process.stdout is not None
+    assert any(json.loads(line)["message"].startswith("ready on") for line in server.process.stdout)
+    client = Client(f"http://127.0.0.1:{server.port}")
+    status, answer = client.call("PUT", "/predictions/order-17", {"input": {**PROMPT, **QUICK}})
+    assert (status, answer["status"]) == (200, "succeeded")
+    server.process.terminate()
+    _, errors = server.process.communicate(timeout=30)
+    stages = [entry for entry in map(json.loads, errors.splitlines()) if "stage" in entry]
+    assert {entry["prediction"] for entry in stages} == {"order-17"}
+    assert stages[-1].items() >= {"stage": "prediction", "outcome": "succeeded", "images": 1}.items()
 
 
 def test_a_dead_worker_is_replaced_where_a_restart_is_wanted(served: Callable[..., Served]) -> None:
