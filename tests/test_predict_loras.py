@@ -34,9 +34,10 @@ def addresses(lora_storage: Storage) -> dict[str, str]:
 
 
 def predict(predictor: Predictor, **given: Any) -> bytes:
-    """The one image's bytes."""
+    """The one image's pixels; the file's bytes also hold the names and scales of the LoRAs."""
     (file,) = predictor.predict(**predict_arguments(**{**QUICK, **given}))
-    return Path(file).read_bytes()
+    with Image.open(file) as image:
+        return image.tobytes()
 
 
 def weights_digest(predictor: Predictor) -> str:
