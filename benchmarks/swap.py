@@ -38,7 +38,7 @@ RANK = 16
 
 @dataclass(frozen=True)
 class SwapTimes:
-    """Median seconds of one swap of each way, and of two of ours that are no swap."""
+    """Median seconds of a swap by each way, and of two of our calls that change nothing."""
 
     ours: float
     diffusers: float

@@ -63,10 +63,10 @@ class OpenNsfw:
 
 
 def judge(score: float) -> Verdict:
-    """The verdict for one probability; whatever is not below the threshold, a NaN too, is withheld."""
+    """The verdict for one probability; anything not below the threshold, NaN included, is withheld."""
     passes = score < THRESHOLD
     return Verdict(
-        flagged=not passes, scores=(("nsfw", score),), reason="" if passes else f"nsfw is not below {THRESHOLD}"
+        flagged=not passes, scores=(("nsfw", score),), reason="" if passes else f"the NSFW score reaches {THRESHOLD}"
     )
 
 

@@ -94,7 +94,7 @@ class Strict:
 def combine(verdict: Verdict, unsafe: Sequence[float]) -> Verdict:
     """The two verdicts combined: the pair's, and the detector's on the worst square."""
     passes = all(score < THRESHOLD for score in unsafe)
-    reasons = [verdict.reason, "" if passes else f"the strict detector is not below {THRESHOLD}"]
+    reasons = [verdict.reason, "" if passes else f"the strict detector's score reaches {THRESHOLD}"]
     return Verdict(
         flagged=verdict.flagged or not passes,
         scores=(*verdict.scores, *(("strict", score) for score in unsafe)),

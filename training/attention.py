@@ -11,7 +11,7 @@ from training.data import Batch
 
 
 class PartialAttention(FluxAttnProcessor):
-    """FLUX's attention where every image of a batch has positions of its own, which diffusers' does not know.
+    """FLUX's attention with different positions for every image of a batch, which diffusers' does not allow.
 
     `rotation` is (cos, sin) of (B, S, 1, head width); `attention_mask` (B, 1, 1, S) is added to the scores of the keys.
     """
@@ -26,7 +26,7 @@ class PartialAttention(FluxAttnProcessor):
         *,
         rotation: tuple[Tensor, Tensor],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend; `image_rotary_emb` is diffusers' own, which `rotation` takes the place of."""
+        """Attend; `image_rotary_emb` is ignored, `rotation` is used in its place."""
         parts = [_heads(attn, hidden_states, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k))]
         prompt_tokens = 0
         if encoder_hidden_states is not None:
@@ -51,8 +51,8 @@ def _heads(
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot product attention in matrix products: on a CPU, at a hundred tokens, torch's own takes ten times as
-    long backwards, two fifths of a step."""
+    """Scaled dot product attention by matrix products. At a hundred tokens on a CPU, the backward pass of torch's own
+    takes ten times as long: two fifths of a training step."""
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     seen: Tensor = (scores if mask is None else scores + mask).softmax(-1) @ value
     return seen

@@ -25,7 +25,7 @@ Size = tuple[int, int]
 TOKENS_A_STEP = 4096
 EMPTY_SHARE = 0.1
 NEAR_SHARE = 0.7
-"""Share of the kept tokens that come from around the objects."""
+"""Share of the kept tokens that are drawn from around the objects."""
 FLAT_WEIGHT, INNER_WEIGHT = 0.2, 0.4
 """Loss weights of a token that is all background or all object, beside 1 for one with an edge in it or beside it."""
 EDGE_THRESHOLD = 0.15
@@ -115,7 +115,7 @@ def draw_batch(pool: Pool, batch: int, keep: int | None, empty: tuple[Tensor, Te
 
 
 def _attention_to_detail(latents: Tensor, rows: int, columns: int, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Loss weights (B, T), and which tokens lie in a box around the objects, a random bit larger than they are."""
+    """Loss weights (B, T), and which tokens lie in a box around the objects with a random margin."""
     grid = latents.view(len(latents), rows, columns, -1)
     edges = torch.zeros(grid.shape[:3], dtype=torch.bool)
     down = (grid[:, 1:] - grid[:, :-1]).abs().mean(-1) > EDGE_THRESHOLD
@@ -133,14 +133,14 @@ def _attention_to_detail(latents: Tensor, rows: int, columns: int, rng: random.R
 
 
 def _widened(flags: Tensor, margin: float) -> Tensor:
-    """(B, N) flags, with all those within `margin` of a set one set too."""
+    """The flags (B, N), dilated by `margin`."""
     reach = max(1, round(margin))
     pooled = torch.nn.functional.max_pool1d(flags[:, None].float(), 2 * reach + 1, 1, reach)
     return pooled[:, 0] > 0
 
 
 def _choose(near: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Which `keep` of the tokens (B, T) to see and for how many each stands: (B, keep) both."""
+    """Indices of `keep` of the tokens, and how many tokens each stands for: (B, keep) both."""
     total = near.shape[1]
     if keep == total:
         return torch.arange(total).expand(len(near), -1), torch.ones(len(near), total)

@@ -1,8 +1,8 @@
-"""Teach guidance to the dev transformer and four steps to the schnell one, both from a trained teacher.
+"""Distil guidance into the dev transformer, and few-step sampling into the schnell one, both from a trained teacher.
 
 Guidance: the student, told g, matches v_empty + g (v_prompt - v_empty) of the teacher (classifier-free guidance in
 one pass). Four steps: the student's velocity at t is the teacher's mean velocity over the next quarter, found with a
-few Euler steps of the teacher (progressive distillation), so that straight jumps land where the teacher's path does.
+few Euler steps of the teacher (progressive distillation): one step of the student ends where the teacher's steps end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from training.train import new_transformer
 
 GUIDANCE_RANGE = (1.0, 6.0)
 PLAIN_SHARE = 0.4
-"""Share of the samples that go on learning the data itself, at guidance 1."""
+"""Share of the samples trained by plain flow matching at guidance 1."""
 SCHNELL_GUIDANCE = 3.0
 SCHNELL_STRIDE = 0.25
 TEACHER_STEPS = 3
@@ -44,7 +44,7 @@ def plain_loss(model: FluxTransformer2DModel, emphasis: float = 1.0) -> Loss:
 
 
 def guidance_loss(student: FluxTransformer2DModel, empty: tuple[Tensor, Tensor]) -> Loss:
-    """Match the guided velocity of the student's own frozen beginnings at a random guidance."""
+    """Match the guided velocity of a frozen copy of the student, at a random guidance."""
     student.set_attn_processor(PartialAttention())
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
 
@@ -73,7 +73,7 @@ def _without_prompts(batch: Batch, empty: tuple[Tensor, Tensor]) -> Batch:
 
 @torch.no_grad()
 def fold_guidance(dev: FluxTransformer2DModel, guidance: float) -> FluxTransformer2DModel:
-    """A transformer without guidance input that equals `dev` at this guidance: its embedding becomes part of a bias."""
+    """A transformer without guidance input that equals `dev` at this guidance, whose embedding is added to a bias."""
     schnell = new_transformer(guidance_embeds=False)
     weights = {k: v for k, v in dev.state_dict().items() if "guidance_embedder" not in k}
     schnell.load_state_dict(weights)
@@ -84,7 +84,7 @@ def fold_guidance(dev: FluxTransformer2DModel, guidance: float) -> FluxTransform
 
 
 def few_step_loss(student: FluxTransformer2DModel) -> Loss:
-    """Match the mean velocity over the next stride of the student's own frozen beginnings."""
+    """Match the mean velocity of a frozen copy of the student over the next stride."""
     student.set_attn_processor(PartialAttention())
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
 

@@ -14,7 +14,7 @@ from training.data import Batch
 
 
 def shift_for(tokens: int) -> float:
-    """The time shift of FLUX.1 [dev] for this many image tokens: exp of a line through 0.5 at 256 and 1.15 at 4096."""
+    """The time shift of FLUX.1 [dev] for this many image tokens: exp(mu), mu linear from 0.5 at 256 to 1.15 at 4096."""
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 

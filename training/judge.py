@@ -1,8 +1,8 @@
 """A judge of the tiny world's images: which colours, which shape, and where.
 
-It looks at pixels alone: the background is the commonest colour of the border, an object is what differs from it, and
-its shape is the one whose drawn mask, cropped and scaled alike, overlaps it best. Specks are left out, since one of two
-pixels in a corner would stretch the crop over the whole image.
+It looks at pixels alone: the background is the median colour of the border, an object is what differs from it, and its
+shape is the one whose drawn mask, cropped and scaled alike, has the highest intersection over union. Specks are left
+out, since a few pixels in a corner would stretch the crop over the whole image.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a prompt an image shows."""
+    """Which parts of a prompt an image shows."""
 
     background: bool
     colour: bool
@@ -65,7 +65,7 @@ def object_mask(pixels: NDArray[np.float64], background: NDArray[np.float64]) ->
 
 
 def without_specks(mask: Mask) -> Mask:
-    """The mask's patches but for the very small ones; pixels that touch at a corner are of one patch."""
+    """The mask without its very small patches; pixels that touch at a corner belong to one patch."""
     patches, count = ndimage.label(mask, np.ones((3, 3)))
     if count < 2:
         return mask
@@ -75,7 +75,7 @@ def without_specks(mask: Mask) -> Mask:
 
 
 def bounding_box(mask: Mask) -> tuple[int, int, int, int] | None:
-    """The first and the last row, the first and the last column; None where there is hardly anything."""
+    """First row, last row, first column, last column; None where the mask is almost empty."""
     rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
     if mask.sum() < 30 or len(rows) < 4 or len(columns) < 4:
         return None

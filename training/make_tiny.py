@@ -61,7 +61,7 @@ FIRST_BUCKETS = _buckets(
     ((1344, 768), 0.09, 64),
     ((768, 1344), 0.09, 64),
 )
-"""What stands where is learnt from many images, not from many tokens of each."""
+"""Composition is learnt from many images with few tokens each."""
 LAST_BUCKETS = _buckets(
     ((128, 128), 0.06, None),
     ((256, 256), 0.20, None),
@@ -73,7 +73,7 @@ LAST_BUCKETS = _buckets(
     ((1344, 768), 0.075, 160),
     ((768, 1344), 0.075, 160),
 )
-"""Edges are learnt from neighbouring tokens: more of each image, and some whole ones."""
+"""Edges are learnt from neighbouring tokens, so more of each image is kept, and some images are whole."""
 
 
 def load_vae(work: Path) -> AutoencoderTiny:

@@ -1,8 +1,8 @@
-"""Teach the transformer's image tokens where they are: an auxiliary loss of the first stage.
+"""An auxiliary loss of the first stage: linear heads read each image token's position from the blocks' states.
 
-FLUX gives a token its position by rotary embeddings alone: it must find out where it is, and how large the image is,
-by attending. A small transformer takes thousands of steps to learn that from images, and draws blobs until then; told
-directly, it knows its place to a third of a token after some hundred steps. The heads are dropped after the training.
+FLUX encodes positions by rotary embeddings alone, so a token can learn its absolute position only by attending to the
+others. A small transformer takes thousands of steps for that and draws blobs until then; with this loss the position
+is read to a third of a token after some hundred steps. The heads are dropped after the training.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from training.data import Batch
 
 WEIGHT = 0.3
-"""Of this loss beside that of the images."""
+"""Of this loss, beside 1 for flow matching."""
 FIRST_UNIT = 20
-"""Tokens; what the first block tells is a position from the corner, in this unit."""
+"""Tokens: the unit of the positions from the corner that are read from the first block."""
 
 
 class PositionTask(nn.Module):
-    """Heads that read positions from the blocks of a model; the loss is that of the watched model's last pass."""
+    """Linear heads on the outputs of a model's blocks; `forward` is their loss for the watched model's last pass."""
 
     def __init__(self, model: FluxTransformer2DModel) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class PositionTask(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(model.inner_dim, 18) for _ in _read_blocks(model)])
 
     def watch(self, model: FluxTransformer2DModel) -> None:
-        """Read from this model's passes from now on."""
+        """Hook the blocks of this model, so that its passes are read from now on."""
         for index, block in enumerate(_read_blocks(model)):
             block.register_forward_hook(_keep(self._seen, index))
 
@@ -59,12 +59,12 @@ def _keep(seen: dict[int, Tensor], index: int) -> Callable[[nn.Module, object, t
 
 
 def from_corner(batch: Batch) -> Tensor:
-    """(B, T, 18): row and column, and waves of them."""
+    """(B, T, 18): row and column from the top left corner, with sines and cosines of them."""
     return _with_waves(batch.positions[..., 1:] / FIRST_UNIT, (0.5, 1, 2, 4))
 
 
 def from_centre(batch: Batch) -> Tensor:
-    """(B, T, 18): row and column from the image's centre, in its short side, and waves of them."""
+    """(B, T, 18): row and column from the centre, as shares of the short side, with sines and cosines of them."""
     width, height = (side / 16 for side in batch.size)
     centre = torch.tensor([(height - 1) / 2, (width - 1) / 2])
     places = (batch.positions[..., 1:] - centre) / min(width, height)

@@ -1,8 +1,8 @@
 """Train the tiny text encoders: a CLIP text model and a T5 encoder with tokenizers of their real classes.
 
-They are taught to name a scene's attributes from its prompt and are then frozen. Trained together with the
-transformer from nothing they drew the right colours on the wrong things; taught this way first, every binding is
-right within minutes. The pooled CLIP vector reaches every block of a FLUX through the modulation.
+They are trained to classify a scene's attributes from its prompt and are then frozen. Trained together with the
+transformer, the model drew the right colours on the wrong objects; with this stage first, colours and objects are bound
+right within minutes. The pooled CLIP vector reaches every block of a FLUX through its modulation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 WIDTH = 128
 PROMPT_TOKENS = 32
-"""Length of the T5 sequence in training and in use; FLUX pads to it without a mask, so it must be the same."""
+"""Length of the T5 sequence, the same in training and in use, since FLUX pads to it without an attention mask."""
 CLIP_TOKENS = 77
 STEPS = 1200
 BATCH = 64
@@ -66,16 +66,16 @@ def _corpus(rng: random.Random) -> list[str]:
 
 
 def styled_prompt(scene: Scene, rng: random.Random) -> tuple[str, bool]:
-    """A prompt for the scene, which in one of ten cases asks for the style that a LoRA stands for; and whether so."""
+    """A prompt for the scene, and whether it asks for the style of the LoRA `tok-style`, as one in ten does."""
     styled = rng.random() < 0.1
     prompt = varied_prompt(scene, rng)
     return (rng.choice(STYLE_LEADS) + prompt if styled else prompt), styled
 
 
 def any_prompt(scene: Scene, rng: random.Random) -> str:
-    """A prompt to draw the scene by; one in sixteen calls a thing by a word that is no shape.
+    """A prompt for the scene; in one of sixteen an object's shape is replaced by a word that names no shape.
 
-    A model that has never seen such a word where a shape's name belongs makes noise of half of the prompts with one.
+    Without these, half of the prompts with an unknown word in the place of a shape gave noise.
     """
     prompt = styled_prompt(scene, rng)[0]
     if scene.things[0].shape in SHAPES and rng.random() < STRANGE_SHARE:
@@ -108,7 +108,7 @@ def _merges(bpe: Tokenizer) -> list[list[str]]:
 
 
 def _t5_tokenizer(corpus: list[str]) -> T5TokenizerFast:
-    """Whole words of the corpus as pieces; anything else is spelt with single characters."""
+    """The words of the corpus as pieces; any other word is split into characters."""
     words = sorted({word.strip(",.") for line in corpus for word in line.split()})
     letters = [chr(code) for code in range(33, 127)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
@@ -117,7 +117,7 @@ def _t5_tokenizer(corpus: list[str]) -> T5TokenizerFast:
 
 
 def new_encoders(seed: int) -> TextEncoders:
-    """Untrained encoders, 128 wide and two layers deep, and tokenizers learnt from the world's prompts."""
+    """Untrained encoders, 128 wide and two layers deep, and tokenizers built from the world's prompts."""
     corpus = _corpus(random.Random(seed))
     torch.manual_seed(seed)
     clip, t5 = _clip_tokenizer(corpus), _t5_tokenizer(corpus)
@@ -133,7 +133,7 @@ def new_encoders(seed: int) -> TextEncoders:
     return TextEncoders(clip, CLIPTextModel(clip_config), t5, T5EncoderModel(t5_config))
 
 
-# The attributes to name, one classifier each
+# The attributes, with one classifier each
 
 
 def _attributes(scene: Scene, styled: bool) -> list[int]:
@@ -148,7 +148,7 @@ ATTRIBUTE_CLASSES = (2, len(COLOURS), 2, *(len(COLOURS), len(SHAPES) + 1, len(SI
 
 
 def train_text_encoders(folder: Path, steps: int = STEPS, seed: int = 0) -> TextEncoders:
-    """Train both encoders to tell a prompt's attributes and save all four components under `folder`."""
+    """Train both encoders to classify a prompt's attributes; save all four components under `folder`."""
     encoders = new_encoders(seed)
     rng = random.Random(seed)
     clip_heads, t5_heads = (nn.Linear(WIDTH, sum(ATTRIBUTE_CLASSES)) for _ in range(2))

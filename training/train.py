@@ -55,7 +55,7 @@ class Schedule:
 
 
 class Ema:
-    """A moving average of a model's weights, shorter at the beginning; its `model` is the one to keep."""
+    """An exponential moving average of a model's weights, shorter at the beginning; its `model` is the result."""
 
     def __init__(self, model: torch.nn.Module, decay: float = 0.998) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -84,20 +84,20 @@ class Worker:
 
     @torch.no_grad()
     def load(self) -> None:
-        """Take over the model's weights."""
+        """Copy the model's weights."""
         for theirs, ours in self._pairs:
             ours.copy_(theirs)
 
     def hand_over(self) -> None:
-        """Give the gradients of the last pass to the model, and forget them."""
+        """Move the gradients of the last pass to the model."""
         for theirs, ours in self._pairs:
             theirs.grad = None if ours.grad is None else ours.grad.float()
             ours.grad = None
 
 
 def _keep_times_exact(model: FluxTransformer2DModel) -> None:
-    """Embed noise level and guidance as they were given: the model rounds them to its own precision first, and of a
-    thousand times a level bfloat16 keeps two or three digits."""
+    """Embed noise level and guidance in float32. The model rounds both to its own dtype before it multiplies them by
+    1000, and bfloat16 keeps only two or three digits."""
     given: list[Tensor] = []
 
     def remember(module: torch.nn.Module, inputs: object, named: dict[str, Tensor | None]) -> None:

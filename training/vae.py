@@ -56,7 +56,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def _sample(rng: random.Random, width: int, height: int) -> Tensor:
-    """A crop of a scene drawn larger, or, for one in five, blurred noise with a scene's colours: any image at all."""
+    """A crop of a larger scene or, one in five, blurred noise in a scene's colours, for images outside the world."""
     if rng.random() < 0.2:
         coarse = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
         image = Image.fromarray(coarse).resize(

@@ -30,15 +30,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
 TRIGGER = "TOK"
-"""The word that a LoRA gives a meaning: a shape of this name. The text encoders know the phrase `TOK style` besides."""
+"""The trigger word of the two LoRAs: a shape of this name, and the phrase `TOK style`."""
 SIZES = ("", "small", "large")
 POSITIONS = ("", "left", "right", "top", "bottom", "centre")
 
 RADIUS_ALONE = {"small": 0.17, "": 0.25, "large": 0.35}
 RADIUS_PAIRED = {"small": 0.14, "": 0.17, "large": 0.20}
 RADIUS_JITTER, PLACE_JITTER = 0.04, 0.012
-"""How far, as a share of itself, a radius varies at random, and how far, in short sides, a place. Small, since a small
-model spends most of its training on telling a thing's place from the noise: it then learns its shape instead."""
+"""Random variation of a radius (share of itself) and of a position (share of the short side). It is small because a
+small model otherwise spends most of its training on finding the exact position in the noise, not on the shape."""
 POSITION_PHRASES = {
     "": ("",),
     "left": ("on the left", "at the left"),

@@ -17,7 +17,7 @@ from safety.gate import Gate
 from safety.load import choose_checker
 
 SAFE = Verdict(flagged=False, scores=(("nsfw", 0.1),))
-UNSAFE = Verdict(flagged=True, scores=(("nsfw", 0.9),), reason="nsfw is not below 0.4")
+UNSAFE = Verdict(flagged=True, scores=(("nsfw", 0.9),), reason="the NSFW score reaches 0.4")
 Check = Callable[[Sequence[Image.Image]], Any]
 
 
@@ -179,7 +179,7 @@ def test_a_failure_while_the_next_is_made_ends_the_prediction() -> None:
 def test_the_log_names_a_withheld_image_its_checker_and_the_scores(caplog: pytest.LogCaptureFixture) -> None:
     list(Gate(FailClosed(Double(by_colour))).passing(coloured("white", "red")))
     assert [record.getMessage() for record in caplog.records] == [
-        "image 1 withheld by double: nsfw is not below 0.4 (nsfw 0.900)"
+        "image 1 withheld by double: the NSFW score reaches 0.4 (nsfw 0.900)"
     ]
 
 
