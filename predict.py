@@ -5,13 +5,15 @@ description is one plain string. `tests/test_predict_syntax.py` checks that.
 """
 
 import atexit
+import gc
 import logging
 import os
 import pathlib
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
 
 from cog import BasePredictor, Input, Path, Secret
 
@@ -43,6 +45,10 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the models of the profile that the settings choose."""
+        with without_garbage_collection():
+            self._setup()
+
+    def _setup(self) -> None:
         started = time.monotonic()
         settings = Settings.from_env(os.environ)
         configure_logging(settings.log_format)
@@ -296,6 +302,21 @@ class Predictor(BasePredictor):
         self.record_metric("safety_checked", gate.checked)
         self.record_metric("safety_withheld", gate.withheld)
         self.record_metric("safety_seconds", round(gate.seconds, 3))
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Pause Python's cycle collector, and exempt from it for good what is alive afterwards.
+
+    Importing torch and diffusers makes half a million objects that stay to the end. Looking through them again and again
+    took a quarter of the setup's time, and makes each later collection slower.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class OutputFolder:

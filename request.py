@@ -103,7 +103,7 @@ class GenerationRequest:
     go_fast: bool = False
     """Whether the transformer runs in fp8."""
     loras: tuple[tuple[LoraReference, float], ...] = ()
-    """The LoRAs to apply and the strength of each; a strength of 0 is no LoRA and is left out."""
+    """The LoRAs to apply, each with its scale; those with scale 0 are left out."""
     notes: tuple[str, ...] = ()
     """What the log should say about how the inputs were understood."""
 
@@ -153,6 +153,7 @@ def build_request(
     mode = _mode(image, mask)
     notes: list[str] = []
     opened = open_image(image) if image is not None else None
+    opened_mask = open_mask(mask) if mask is not None else None
     if opened is not None:
         size = Size.from_sides(*opened.size)
     else:
@@ -160,6 +161,9 @@ def build_request(
     custom = opened is None and aspect_ratio == "custom"
     if go_fast and custom:
         notes.append("go_fast is not used: a custom size runs in the original precision")
+    if opened is not None and opened_mask is not None and _is_stretched(opened_mask, opened):
+        shapes = f"the mask is {_sides(opened_mask)} and the image {_sides(opened)}"
+        notes.append(f"{shapes}: the mask is stretched to the image's shape")
     return GenerationRequest(
         prompt=prompt,
         mode=mode,
@@ -173,7 +177,7 @@ def build_request(
         output_format=output_format,
         output_quality=int(output_quality),
         image=None if opened is None else _fitted(opened, size),
-        mask=None if mask is None else _fitted(open_mask(mask), size),
+        mask=None if opened_mask is None else _fitted(opened_mask, size),
         go_fast=go_fast and not custom,
         loras=_used((main, lora_scale), (extra, extra_lora_scale)),
         notes=tuple(notes),
@@ -207,6 +211,16 @@ def _size_of_text_to_image(aspect_ratio: str, width: int | None, height: int | N
 def _fitted(image: Image.Image, size: Size) -> Image.Image:
     wanted = (size.width, size.height)
     return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)
+
+
+def _is_stretched(mask: Image.Image, image: Image.Image) -> bool:
+    """Whether their aspect ratios differ by more than a hundredth."""
+    ratio = (mask.width * image.height) / (mask.height * image.width)
+    return not 0.99 < ratio < 1 / 0.99
+
+
+def _sides(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
 
 
 def _parsed(text: str | None, plain_http_hosts: frozenset[str]) -> LoraReference | None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import base64
+import inspect
+import logging
+import os
+import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +25,13 @@ from cli.schema import predictor_schemas
 from errors import InputError, PredictionError, SettingsError
 from image_metadata import VERSION, needs_image, read_settings
 from images import xmp_of
+from lora_loading.finding.store import default_lora
+from request import build_request
+from settings import Settings
 
 EXAMPLE = 'script/predict -i prompt="a large red circle on a white background"'
+OUTPUT_NAME = re.compile(r"output\.(\d+)\.\w+")
+INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "      "}
 
 
 def name_value(text: str) -> tuple[str, str]:
@@ -105,6 +116,8 @@ def _file(name: str, text: str, folder: Path) -> cog.Path:
 
 def _existing(name: str, text: str) -> Path:
     source = Path(text.removeprefix("@"))
+    if source.is_dir():
+        raise InputError(f'"{source}" is a folder. Give a file for {name}.')
     if not source.is_file():
         raise InputError(f'There is no file "{source}" for {name}.')
     return source
@@ -164,22 +177,123 @@ def _is_hidden(reference: str) -> bool:
     return "/.../" in reference or reference.startswith("data:")
 
 
-def run(pairs: list[tuple[str, str]], output: Path) -> list[Path]:
-    """Make one prediction and return the files written into `output`."""
-    from predict import Predictor
+# One prediction
+
+
+def run(pairs: list[tuple[str, str]], output: Path, settings: Settings) -> list[Path]:
+    """Make one prediction and return the files written into `output`; all that can be is checked before loading.
+
+    Raises:
+        PredictionError: an input is wrong, or the prediction fails.
+        SettingsError: the settings do not allow a start.
+    """
+    from predict import Predictor, refuse_unchecked
 
     with tempfile.TemporaryDirectory(prefix="flux-inputs-") as folder:
         inputs = parse_inputs(pairs, predictor_schemas(Predictor.predict), Path(folder))
+        refuse_unchecked(inputs["disable_safety_checker"], settings.safety_required)
+        check_request(inputs, settings)
+        require_folder(output)
         predictor = Predictor()
-        predictor.setup()
+        with warnings_only("engine", "safety", "lora_loading", "fetching"):
+            predictor.setup()
         files = predictor.predict(**inputs)
     output.mkdir(parents=True, exist_ok=True)
-    return [Path(shutil.copy(file, output / f"output.{index}{file.suffix}")) for index, file in enumerate(files)]
+    return [Path(shutil.copy(file, target)) for file, target in zip(files, free_names(output, files), strict=True)]
 
 
-def main() -> None:
-    """The command line. Exit status: 0 images written, 1 a wrong input or a failed prediction, 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="script/predict", description="Make images.", epilog=f"Example: {EXAMPLE}")
+def check_request(inputs: Mapping[str, Any], settings: Settings) -> None:
+    """Raise what `predict()` would raise for these inputs before it generates."""
+    for name, _ in LORA_INPUTS:
+        refuse_local_path(name, inputs[name])
+    names = [name for name in inspect.signature(build_request).parameters if name in inputs]
+    build_request(
+        **{name: inputs[name] for name in names},
+        default_lora=default_lora(settings),
+        plain_http_hosts=settings.trusted_hosts,
+    )
+
+
+def refuse_local_path(name: str, text: str | None) -> None:
+    """Refuse a LoRA that is named by its path on this machine, and say how a file is given.
+
+    Raises:
+        InputError: it is a path.
+    """
+    if text and (text.startswith(("/", "./", "../", "~")) or Path(text).is_file()):
+        raise InputError(f'{name} is "{text}", a path on this machine. For a file, write -i {name}=@{text}.')
+
+
+def require_folder(output: Path) -> None:
+    """Raise where images cannot be written into `output`, which need not exist yet.
+
+    Raises:
+        InputError: it, or a folder above it, is a file or may not be written to.
+    """
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f'-o is "{output}", and {existing} is a file. Give a folder; it is made where there is none.')
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f'-o is "{output}", and {existing} may not be written to. Give another folder.')
+
+
+def free_names(output: Path, files: Sequence[Path]) -> list[Path]:
+    """A path in `output` for each file, numbered on from the images that lie there."""
+    numbers = [int(found[1]) for path in output.iterdir() if (found := OUTPUT_NAME.fullmatch(path.name))]
+    first = max(numbers, default=-1) + 1
+    return [output / f"output.{number}{file.suffix}" for number, file in enumerate(files, first)]
+
+
+@contextmanager
+def warnings_only(*names: str) -> Iterator[None]:
+    """Show only warnings of these loggers: what an operator wants to know of a start does not concern one image."""
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
+
+
+# The command line
+
+
+def described_inputs(schemas: Mapping[str, Any]) -> str:
+    """A line for each input: its name, what it takes, its default, and the first sentence of its description."""
+    properties = schemas["Input"]["properties"]
+    lines = []
+    for name, unresolved in properties.items():
+        schema = _resolved(unresolved, schemas)
+        first_sentence = unresolved["description"].partition(". ")[0].rstrip(".")
+        lines.append(textwrap.fill(f"{name}: {_allowed(schema)}. {first_sentence}.", 110, **INDENTED))
+    return "\n".join(lines)
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        allowed = ", ".join(schema["enum"])
+    elif schema.get("format") == "uri":
+        allowed = "@FILE or an address"
+    else:
+        allowed = {"integer": "whole number", "number": "number", "boolean": "true or false"}.get(
+            schema["type"], "text"
+        )
+    if "minimum" in schema:
+        allowed += f" from {schema['minimum']} to {schema['maximum']}"
+    default = str(schema.get("default")).lower()
+    return f"{allowed}; {default} if not given" if "default" in schema else allowed
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """The command line's parser; `description` lists the inputs."""
+    parser = argparse.ArgumentParser(
+        prog="script/predict",
+        description="Make images.",
+        epilog=f"Inputs:\n{description}\n\nExample: {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "-i",
         "--input",
@@ -187,17 +301,32 @@ def main() -> None:
         type=name_value,
         default=[],
         metavar="NAME=VALUE",
-        help="an input; @FILE for a file",
+        help="an input, one of those below; @FILE for a file",
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="where the images go")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="where the images go, numbered on from those that lie there; by default here",
+    )
     parser.add_argument(
         "--again", type=Path, metavar="FILE", help="make the image of this file again, from its settings"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """The command line. Exit status: 0 images written, 1 a wrong input or a failed prediction, 2 wrong usage."""
+    from predict import Predictor
+
+    arguments = parser_of(described_inputs(predictor_schemas(Predictor.predict))).parse_args()
     started = time.monotonic()
+    logging.getLogger("predict").addFilter(lambda record: record.levelno < logging.ERROR)  # errors are printed below
     try:
         inputs = inputs_again(arguments.again, arguments.input) if arguments.again else arguments.input
-        files = run(inputs, arguments.output)
+        files = run(inputs, arguments.output, Settings.from_env(os.environ))
     except (PredictionError, SettingsError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:

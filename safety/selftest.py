@@ -43,8 +43,9 @@ def prove(checker: SafetyChecker, known: Sequence[Known]) -> None:
         SettingsError: a check fails, or a verdict or a score differs from the known one.
     """
     verdicts = FailClosed(checker).check([bundled_image(one.image) for one in known])
-    found = (f"{one.image} {verdict}" for one, verdict in zip(known, verdicts, strict=True))
-    logger.info("self-test of %s: %s", checker.name, "; ".join(found))
+    unrecorded = [f"{one.image} {verdict}" for one, verdict in zip(known, verdicts, strict=True) if one.score is None]
+    if unrecorded:
+        logger.info("self-test of %s, scores to record: %s", checker.name, "; ".join(unrecorded))
     for one, verdict in zip(known, verdicts, strict=True):
         if problem := _problem(one, verdict):
             raise SettingsError(

@@ -106,6 +106,14 @@ def test_a_mask_without_an_image_is_rejected(save: Save) -> None:
         request_of(mask=save(Image.new("L", (64, 64))))
 
 
+def test_a_mask_of_another_shape_is_said_to_be_stretched(save: Save) -> None:
+    image = save(Image.new("RGB", (128, 64)))
+    square, half = save(Image.new("L", (64, 64)), "square.png"), save(Image.new("L", (64, 32)), "half.png")
+    note = "the mask is 64x64 and the image 128x64: the mask is stretched to the image's shape"
+    assert request_of(image=image, mask=square).notes == (note,)
+    assert request_of(image=image, mask=half).notes == ()
+
+
 def test_image_and_mask_are_both_upright_and_of_the_output_size(save: Save) -> None:
     tags = Image.Exif()
     tags[0x0112] = 6  # rotated by 90 degrees

@@ -108,7 +108,7 @@ def open_store(settings: Settings) -> LoraStore:
         found = f"FLUX_CACHE_DIR is {settings.cache_dir}, which cannot be used: {error.strerror}"
         raise SettingsError(f"{found}. Set it to another folder, or to a new one below it.") from error
     tokens = Tokens(settings.hugging_face_token, settings.civitai_token, settings.replicate_token)
-    operator = Operator(tokens, _default_lora(settings), settings.share_operator_tokens)
+    operator = Operator(tokens, default_lora(settings), settings.share_operator_tokens)
     return LoraStore(cache, Resolver(client, _endpoints(settings)), operator)
 
 
@@ -122,7 +122,12 @@ def _endpoints(settings: Settings) -> Endpoints:
     )
 
 
-def _default_lora(settings: Settings) -> LoraReference | None:
+def default_lora(settings: Settings) -> LoraReference | None:
+    """The LoRA of requests that name no main LoRA.
+
+    Raises:
+        SettingsError: FLUX_DEFAULT_LORA is in no known form.
+    """
     try:
         return None if settings.default_lora is None else parse(settings.default_lora, settings.trusted_hosts)
     except LoraReferenceError as error:

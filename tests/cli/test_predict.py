@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cli.predict import LORA_INPUTS, inputs_again, name_value, parse_inputs
+from cli.predict import LORA_INPUTS, free_names, inputs_again, name_value, parse_inputs
 from cli.schema import predictor_schemas
 from errors import InputError
 from image_metadata import xmp_packet
@@ -61,17 +61,65 @@ def test_a_file_is_given_with_an_at_sign(tmp_path: Path) -> None:
     [
         ([], "prompt is required"),
         (["-i", "prompt=x", "-i", "num_outputs=9"], "num_outputs is 9. Give a number from 1 to 4."),
-        (["-i", "prompt=x", "-i", "mask=@{tmp}/m.png"], "A mask was given without an image"),
+        (["-i", "prompt=x", "-i", "mask=@m.png"], "A mask was given without an image"),
+        (
+            ["-i", "prompt=x", "-i", "image=@m.png", "-i", "mask=@l.safetensors"],
+            "mask is not in a format that can be read",
+        ),
+        (["-i", "prompt=x", "-i", "aspect_ratio=custom"], 'aspect_ratio "custom" needs both width and height'),
+        (["-i", "prompt=x", "-i", "replicate_weights=l.safetensors"], "write -i replicate_weights=@l.safetensors"),
+        (["-i", "prompt=x", "-i", "extra_lora=/no/l.safetensors"], "write -i extra_lora=@/no/l.safetensors"),
+        (["-i", "prompt=x", "-i", "replicate_weights=civitai.com/x"], 'Cannot read LoRA "civitai.com/x"'),
+        (["-i", "prompt=x", "-o", "m.png"], '-o is "m.png", and m.png is a file. Give a folder'),
+        (["-i", "prompt=x", "-o", "m.png/below"], "is a file. Give a folder"),
     ],
 )
-def test_a_wrong_input_prints_one_message_and_exits_1(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_wrong_input_prints_one_message_and_exits_1_before_a_model_loads(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
     Image.new("L", (64, 64)).save(tmp_path / "m.png")
-    done = script_predict(tmp_path, *(argument.format(tmp=tmp_path) for argument in arguments))
+    (tmp_path / "l.safetensors").write_bytes(b"content")
+    done = script_predict(tmp_path, *arguments)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l.safetensors", "m.png"]
+
+
+def test_a_wrong_setting_is_told_before_a_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX_COMPILE", "maybe")
+    done = script_predict(tmp_path, "-i", "prompt=x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "FLUX_COMPILE" in done.stderr
+
+
+def test_an_error_of_the_prediction_is_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX_TRUSTED_HOSTS", "127.0.0.1:9")
+    lora = "replicate_weights=http://127.0.0.1:9/x.safetensors"
+    done = script_predict(tmp_path, "-i", "prompt=x", "-i", lora, *SMALL)
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("The connection to 127.0.0.1:9 failed") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_images_are_numbered_on_from_those_that_lie_there(tmp_path: Path) -> None:
+    files = [Path("a.png"), Path("b.png")]
+    assert [path.name for path in free_names(tmp_path, files)] == ["output.0.png", "output.1.png"]
+    for name in ("output.0.webp", "output.7.jpg", "output.x.png", "other.9.png"):
+        (tmp_path / name).touch()
+    assert [path.name for path in free_names(tmp_path, files)] == ["output.8.png", "output.9.png"]
+
+
+def test_help_lists_every_input_with_its_bounds(tmp_path: Path) -> None:
+    done = script_predict(tmp_path, "--help")
+    assert done.returncode == 0
+    for name in SCHEMAS["Input"]["properties"]:
+        assert f"\n  {name}: " in done.stdout
+    assert "num_outputs: whole number from 1 to 4; 1 if not given." in done.stdout
+    assert "go_fast: true or false; false if not given." in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--fast"], ["-i", "prompt"], ["-o"]])
@@ -89,6 +137,7 @@ def test_wrong_usage_exits_2(tmp_path: Path, arguments: list[str]) -> None:
         ("guidance_scale=lots", "Give a number."),
         ("go_fast=maybe", "Give true or false."),
         ("model=pro", "Choose one of dev, schnell."),
+        ("image=@/", '"/" is a folder. Give a file for image.'),
         ("image=photo.png", "write -i image=@photo.png"),
         ("image=@nowhere.png", 'There is no file "nowhere.png" for image.'),
         ("extra_lora=@nowhere.safetensors", 'There is no file "nowhere.safetensors" for extra_lora.'),
