@@ -1,4 +1,4 @@
-"""What of a model an adapter must fit: its layers' names and sizes, by component. Holds no weights.
+"""The names and sizes of a model's layers, which an adapter must fit. Holds no weights; only models need torch.
 
 A component is named by its attribute in diffusers' pipelines, a layer by its path in the component.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 TRANSFORMER = "transformer"
 CLIP = "text_encoder"
 T5 = "text_encoder_2"
 COMPONENTS = (TRANSFORMER, CLIP, T5)
+Rows = tuple[tuple[int, int], ...]
+"""Ranges of rows of a file's layer, first and one past the last, in the order in which a model's layer takes them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ModelShapes:
     layers: tuple[LayerShape, ...]
 
     def __hash__(self) -> int:
-        """Worked out once: tables of names are kept by the shapes, and looked up for each key of a file."""
+        """Computed once, because the tables of names are cached by the shapes and looked up for each key of a file."""
         return self._hash
 
     @cached_property
@@ -56,13 +59,15 @@ class ModelShapes:
         return table
 
     def width(self, component: str) -> int | None:
-        """The width of a component's embeddings, None if it is not there."""
+        """The width of a component's embeddings, None if the model has no such component."""
         linear = (layer.weight[1] for layer in self.by_component[component].values() if len(layer.weight) == 2)
         return next(linear, None)
 
 
 def components_of(pipeline: Any) -> dict[str, nn.Module]:  # noqa: ANN401 - diffusers ships no types
     """The parts of a FLUX pipeline that adapters may change, as far as it has them."""
+    from torch import nn
+
     parts = {component: getattr(pipeline, component, None) for component in COMPONENTS}
     return {component: part for component, part in parts.items() if isinstance(part, nn.Module)}
 
@@ -81,13 +86,15 @@ def shapes_of(components: Mapping[str, nn.Module]) -> ModelShapes:
 def adaptable_layers(module: nn.Module) -> dict[str, Any]:
     """The layers of a module that an adapter may change, by name: linear layers, and norms with a weight.
 
-    A norm is told by its one-dimensional weight: diffusers, transformers and torch have a class of their own each.
+    A norm is recognised by its one-dimensional weight, because diffusers, transformers and torch have classes of their
+    own for norms.
     """
-    return {name: layer for name, layer in module.named_modules() if _is_adaptable(layer)}
+    from torch import nn  # imported here, since it takes seconds
 
+    def is_adaptable(layer: nn.Module) -> bool:
+        if isinstance(layer, nn.Linear):
+            return True
+        weight = getattr(layer, "weight", None)
+        return isinstance(weight, nn.Parameter) and weight.ndim == 1
 
-def _is_adaptable(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Linear):
-        return True
-    weight = getattr(layer, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 1
+    return {name: layer for name, layer in module.named_modules() if is_adaptable(layer)}

@@ -1,8 +1,9 @@
 """The kinds of change that an adapter makes to one weight or bias. Knows no files, names or models.
 
-Every kind answers `delta`: the change of a weight at strength 1, worked out in float32 (float64 for a float64 weight).
-Strengths are applied by the caller, so all kinds are linear in them: 0 is no change, -1 is the opposite one. DoRA is
-not linear in PEFT; here its change at strength 1, which is PEFT's, is scaled like any other.
+Every kind has `delta`: the change of a weight at scale 1, computed in float32 (float64 for a float64 weight). The
+caller multiplies it by the scale, so a change is linear in its scale: 0 is no change, -1 the opposite one. DoRA is not
+linear in PEFT; here its change at scale 1, which is PEFT's, is scaled like any other. The exception is `RowRotation`,
+whose stages are blended with the identity one by one, as LyCORIS defines it.
 
 A file's fused layer is cut by `take_rows`: its rows go to several layers, or in another order to one.
 """
@@ -16,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Rows = tuple[tuple[int, int], ...]
-"""Ranges of a fused layer's rows, first and one past the last, in the order in which a layer takes them."""
+from lora_loading.shapes import Rows
+
 WeightOf = Callable[[str], Tensor]
 """The pristine weight of a layer of the same component, by name."""
 
@@ -26,23 +27,25 @@ class Update(Protocol):
     """One change of a weight (out, in), of a norm's weight (size,) or of a bias (out,)."""
 
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
-        """What is added to the pristine `weight` at strength 1; on its device."""
+        """What is added to the pristine `weight` at scale 1; on its device."""
 
     def take_rows(self, rows: Rows) -> Update:
-        """The part of this change that falls on some rows."""
+        """The part of this change that is in these rows."""
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that it holds; some may be shared with other updates."""
+        """The tensors that it holds; other updates may share some."""
 
 
 def merged(weight: Tensor, updates: Iterable[tuple[Update, float]], weight_of: WeightOf) -> Tensor:
-    """Return weight + sum of strength * delta, in float32 (float64 for a float64 weight); `weight` is not written."""
+    """Return weight + sum of scale * delta, in float32 (float64 for a float64 weight); `weight` is not written."""
     total = weight.to(_work_dtype(weight), copy=True)
-    for update, strength in updates:
+    for update, scale in updates:
         if isinstance(update, LowRank):
-            total.addmm_(_like(update.b, weight), _like(update.a, weight), alpha=update.scale * strength)
+            total.addmm_(_like(update.b, weight), _like(update.a, weight), alpha=update.scale * scale)
+        elif isinstance(update, RowRotation):
+            total += update.blended(weight, weight_of, scale)
         else:
-            total += update.delta(weight, weight_of) * strength
+            total.add_(update.delta(weight, weight_of), alpha=scale)
     return total
 
 
@@ -50,7 +53,7 @@ def merged(weight: Tensor, updates: Iterable[tuple[Update, float]], weight_of: W
 class LowRank:
     """scale * B @ A. Source: LoRA, Hu et al. 2021, section 4.1.
 
-    Its factors can also stay beside the weight: see `apply`.
+    Its factors can also stay beside the weight: see `applying.slots.AdaptedLinear`.
     """
 
     a: Tensor
@@ -113,7 +116,7 @@ class LoKr:
     w2: tuple[Tensor, ...]
     scale: float
     rows: Rows | None = None
-    """The rows of the product that are meant; a part of a Kronecker product is none itself."""
+    """The rows of the product that are used; None for all. Rows of a Kronecker product are not one themselves."""
 
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """The Kronecker product's rows, scaled."""
@@ -121,7 +124,7 @@ class LoKr:
         return product if self.rows is None else _rows_of(product, self.rows)
 
     def take_rows(self, rows: Rows) -> LoKr:
-        """The same product, of which these rows are meant."""
+        """The same product, of which these rows are used."""
         return replace(self, rows=rows)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -150,7 +153,7 @@ class Full:
 
 @dataclass(frozen=True)
 class Value:
-    """A norm's whole new weight instead of a difference; strength 1 puts it in the old one's place."""
+    """A norm's new weight instead of a difference; at scale 1 it replaces the old one."""
 
     value: Tensor
 
@@ -171,15 +174,15 @@ class Value:
 class Dora:
     """magnitude * V / |V| - W with V = W + the inner change. Source: DoRA, Liu et al. 2024, section 4.1.
 
-    PEFT and newer LyCORIS measure |V| a row, (out,) or (out, 1); older LyCORIS and OneTrainer a column, (1, in). A
-    column of a fused layer runs through all the layers that it is cut into.
+    PEFT and newer LyCORIS take |V| of each row, (out,) or (out, 1); older LyCORIS and OneTrainer of each column,
+    (1, in). A column of a fused layer runs through all the layers that it is cut into.
     """
 
     inner: Update
     magnitude: Tensor
     """(out, 1) or (1, in)"""
     column: tuple[tuple[str, Update], ...] = ()
-    """For a magnitude a column: all layers that a column runs through, and their inner changes."""
+    """For a magnitude of columns: all layers that a column runs through, and their inner changes."""
 
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """The new weight minus the old one."""
@@ -198,13 +201,157 @@ class Dora:
         return torch.stack(squares).sum(dim=0).sqrt()
 
     def take_rows(self, rows: Rows) -> Dora:
-        """Rows of the inner change, and of a magnitude a row."""
+        """Rows of the inner change, and of the magnitude if it has rows."""
         magnitude = self.magnitude if self.column else _rows_of(self.magnitude, rows)
         return replace(self, inner=self.inner.take_rows(rows), magnitude=magnitude)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The inner change's and the magnitude."""
+        """The tensors of the inner change, and the magnitude."""
         return *self.inner.tensors(), self.magnitude
+
+
+@dataclass(frozen=True)
+class RowRotation:
+    """OFT or BOFT over the rows of the file's layer, as LyCORIS and kohya write them: W' = rescale * R W.
+
+    Each stage multiplies blocks of rows by orthogonal matrices, the Cayley transforms (I + Q) / (I - Q) of
+    Q = blocks - blocks^T. OFT has one stage and multiplies by the transposes; BOFT has several, between which the rows
+    are interleaved. At a scale s each stage is I + s (R - I), and the rescaling 1 + s (rescale - 1): linear in s for
+    one stage without rescaling alone. Source: OFT, Qiu et al. 2023; BOFT, Liu et al. 2023; LyCORIS, `functional.boft`.
+    """
+
+    blocks: Tensor
+    """(stages, blocks, size, size)"""
+    constraint: float | None
+    """The greatest norm of Q over all blocks, None for no limit."""
+    butterfly: bool
+    """BOFT."""
+    rescale: Tensor | None = None
+    """(rows, 1)"""
+    sources: tuple[tuple[str, Rows], ...] = ()
+    """For a file's layer that is not one layer of the model: the layers, and their rows in it."""
+    rows: Rows | None = None
+    """The rows of the file's layer that are used; None for all."""
+
+    def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
+        """The rotated rows minus the old ones."""
+        return self.blended(weight, weight_of, 1.0)
+
+    def blended(self, weight: Tensor, weight_of: WeightOf, scale: float) -> Tensor:
+        """The change at a scale."""
+        old = new = self._file_weight(weight, weight_of)
+        identity = torch.eye(self.blocks.shape[-1], dtype=old.dtype, device=old.device)
+        for stage, rotation in enumerate(_cayley(self._skew(weight))):
+            blended = identity + scale * (rotation - identity)
+            new = _butterfly(new, blended, stage) if self.butterfly else _blockwise(new, blended.mT)
+        if self.rescale is not None:
+            new = new * (1 + scale * (_like(self.rescale, weight) - 1))
+        return new - old if self.rows is None else _rows_of(new - old, self.rows)
+
+    def _skew(self, weight: Tensor) -> Tensor:
+        blocks = _like(self.blocks, weight)
+        skew = blocks - blocks.mT
+        if self.constraint is None:
+            return skew
+        norm: Tensor = torch.linalg.vector_norm(skew)
+        return skew * (self.constraint / (norm + 1e-8)).clamp(max=1)
+
+    def _file_weight(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
+        """The weight as the file sees it: (rows, in)."""
+        if not self.sources:
+            return _like(weight, weight)
+        count = sum(stop - start for _, rows in self.sources for start, stop in rows)
+        whole = torch.empty(count, weight.shape[1], dtype=_work_dtype(weight), device=weight.device)
+        for name, rows in self.sources:
+            piece, at = _like(weight_of(name), weight), 0
+            for start, stop in rows:
+                whole[start:stop] = piece[at : at + stop - start]
+                at += stop - start
+        return whole
+
+    def take_rows(self, rows: Rows) -> RowRotation:
+        """The same rotation, of which these rows are used."""
+        return replace(self, rows=rows)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The blocks, and the rescaling if there is one."""
+        return (self.blocks,) if self.rescale is None else (self.blocks, self.rescale)
+
+
+@dataclass(frozen=True)
+class ColumnRotation:
+    """OFT or BOFT over the columns of a layer, as PEFT writes them: W' = row_scale * W R^T.
+
+    R is block-diagonal in each stage, of the Cayley transforms (I - Q) / (I + Q), or for OFT of their series in Q. PEFT
+    defines no scale; here the change is linear in it. Source: PEFT, `tuners.oft.layer` and `tuners.boft.layer`.
+    """
+
+    skew: Tensor
+    """(stages, blocks, size, size): Q. One block stands for all if it alone does not cover the columns."""
+    neumann_terms: int | None
+    """How many terms of the series, None for the exact transform."""
+    row_scale: Tensor | None
+    """(out, 1)"""
+
+    def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
+        """The layer with rotated columns minus the old one."""
+        old = _like(weight, weight)
+        new = old.T
+        skew = _like(self.skew, weight)
+        rotations = _cayley(-skew) if self.neumann_terms is None else _neumann(skew, self.neumann_terms)
+        for stage, rotation in enumerate(rotations):
+            new = _butterfly_sorted(new, rotation, stage) if len(rotations) > 1 else _blockwise(new, rotation)
+        new = new.T if self.row_scale is None else new.T * _like(self.row_scale, weight)
+        return new - old
+
+    def take_rows(self, rows: Rows) -> ColumnRotation:
+        """The same rotation, since it acts on each row alike, and the rows' scales."""
+        return self if self.row_scale is None else replace(self, row_scale=_rows_of(self.row_scale, rows))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The blocks, and the rows' scales if there are any."""
+        return (self.skew,) if self.row_scale is None else (self.skew, self.row_scale)
+
+
+def _cayley(skew: Tensor) -> Tensor:
+    """(I + Q) / (I - Q) for each block: orthogonal, since Q is skew-symmetric."""
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    rotation: Tensor = torch.linalg.solve(identity - skew, identity + skew)
+    return rotation
+
+
+def _neumann(skew: Tensor, terms: int) -> Tensor:
+    """PEFT's series of the transform: I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1); it computes three terms as four."""
+    last = terms - 1 if terms != 3 else 3
+    total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
+    power = skew
+    for exponent in range(1, last + 1):
+        total = total + power * (1 if exponent == last > 1 else 2)
+        power = power @ skew
+    return total
+
+
+def _blockwise(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Each block of rows multiplied from the left by its matrix; one matrix may stand for all."""
+    size = blocks.shape[-1]
+    return (blocks @ rows.reshape(-1, size, rows.shape[1])).flatten(0, 1)
+
+
+def _butterfly(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
+    """A stage of LyCORIS' BOFT: rows that are 2^stage half blocks apart are neighbours while the blocks act."""
+    apart, columns = 2**stage * blocks.shape[-1] // 2, rows.shape[1]
+    paired = rows.reshape(-1, 2, apart, columns).transpose(1, 2).flatten(0, 2)
+    return _blockwise(paired, blocks).reshape(-1, apart, 2, columns).transpose(1, 2).flatten(0, 2)
+
+
+def _butterfly_sorted(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
+    """A stage of PEFT's BOFT: in groups of 2^stage blocks, the even half blocks come before the odd ones."""
+    half = blocks.shape[-1] // 2
+    order = torch.arange(rows.shape[0], device=rows.device).reshape(-1, 2**stage, 2, half)
+    order = order.transpose(1, 2).reshape(-1)
+    unsorted = torch.empty_like(rows)
+    unsorted[order] = rows
+    return _blockwise(unsorted, blocks)[order]
 
 
 def _work_dtype(weight: Tensor) -> torch.dtype:

@@ -8,6 +8,8 @@ the rows of B. Where a format has no alpha, the scale is in B. Key lists are tho
     XLabs           x-flux, src/flux/modules/layers.py: the attention processors
     OneTrainer      modules/util/convert/lora/convert_flux_lora.py
     LyCORIS         lycoris/modules: locon, loha, lokr, full, norms
+    DiffSynth       diffsynth/utils/state_dict_converters/flux_dit.py: FluxDiTStateDictConverter
+    SimpleTuner     simpletuner/helpers/training/lora_format.py
     diffusers, PEFT written by the libraries themselves where they can (see test_formats)
 """
 
@@ -59,7 +61,7 @@ def changes_of(shapes: ModelShapes, rank: int = 4, alpha: float = 8.0, seed: int
     changes = []
     for name, target in bfl_targets(shapes).items():
         # parts of fused layers have names of their own, as in qkv.0; mlp.0, mlp.2 and Modulation.1 are whole
-        part_of_fused = name.rpartition(".")[0].endswith(("qkv", "linear1"))
+        part_of_fused = name.rpartition(".")[0].endswith(("qkv", "linear1")) or name.endswith("linear1_qkv")
         if only in name and len(target.weight) == 2 and not part_of_fused and name != "img_in.proj":
             a = torch.randn(rank, target.weight[1], generator=generator) * 0.1
             b = torch.randn(target.rows, rank, generator=generator) * 0.1
@@ -122,7 +124,9 @@ def peft_named(prefix: str = "transformer.", adapter: str = "") -> Callable[[lis
     return write
 
 
-def peft_with_alpha(down: str = "lora_A", up: str = "lora_B") -> Callable[[list[Change]], Tensors]:
+def peft_with_alpha(
+    down: str = "lora_A", up: str = "lora_B", alpha: str = "alpha"
+) -> Callable[[list[Change]], Tensors]:
     """...to_q.lora_A.weight with ...to_q.alpha, an integer where it is whole."""
 
     def write(changes: list[Change]) -> Tensors:
@@ -131,7 +135,7 @@ def peft_with_alpha(down: str = "lora_A", up: str = "lora_B") -> Callable[[list[
             for name, b in change.pieces:
                 tensors[f"transformer.{name}.{down}.weight"] = change.a
                 tensors[f"transformer.{name}.{up}.weight"] = b
-                tensors[f"transformer.{name}.alpha"] = torch.tensor(int(change.alpha))
+                tensors[f"transformer.{name}.{alpha}"] = torch.tensor(int(change.alpha))
         return tensors
 
     return write
@@ -187,6 +191,37 @@ def onetrainer_split(changes: list[Change]) -> Tensors:
             tensors[f"{name}.lora_up.weight"] = b if len(parts) > 1 else change.b
             tensors[f"{name}.alpha"] = torch.tensor(change.alpha)
     return tensors
+
+
+DIFFSYNTH = {
+    "img_attn.qkv": "attn.a_to_qkv", "txt_attn.qkv": "attn.b_to_qkv",
+    "img_attn.proj": "attn.a_to_out", "txt_attn.proj": "attn.b_to_out", "img_mlp.0": "ff_a.0", "img_mlp.2": "ff_a.2",
+    "txt_mlp.0": "ff_b.0", "txt_mlp.2": "ff_b.2", "img_mod.lin": "norm1_a.linear", "txt_mod.lin": "norm1_b.linear",
+    "linear1": "to_qkv_mlp", "linear2": "proj_out", "modulation.lin": "norm.linear",
+    "img_in": "x_embedder", "txt_in": "context_embedder", "time_in.in_layer": "time_embedder.timestep_embedder.0",
+    "time_in.out_layer": "time_embedder.timestep_embedder.2",
+    "guidance_in.in_layer": "guidance_embedder.timestep_embedder.0",
+    "guidance_in.out_layer": "guidance_embedder.timestep_embedder.2", "vector_in.in_layer": "pooled_text_embedder.0",
+    "vector_in.out_layer": "pooled_text_embedder.2", "final_layer.linear": "final_proj_out",
+    "final_layer.adaLN_modulation.1": "final_norm_out.linear",
+}  # fmt: skip
+
+
+def diffsynth(prefix: str = "", adapter: str = ".default") -> Callable[[list[Change]], Tensors]:
+    """blocks.0.attn.a_to_qkv.lora_A.default.weight: PEFT over DiffSynth's own model, alpha = rank."""
+
+    def write(changes: list[Change]) -> Tensors:
+        tensors = {}
+        for change in changes:
+            block, _, rest = change.name.partition("_blocks.")
+            index, _, layer = rest.partition(".")
+            blocks = {"double": "blocks", "single": "single_blocks"}
+            name = f"{blocks[block]}.{index}.{DIFFSYNTH[layer]}" if rest else DIFFSYNTH[change.name]
+            tensors[f"{prefix}{name}.lora_A{adapter}.weight"] = change.a
+            tensors[f"{prefix}{name}.lora_B{adapter}.weight"] = change.b * change.scale
+        return tensors
+
+    return write
 
 
 XLABS = {"img_attn.qkv": "qkv_lora1", "txt_attn.qkv": "qkv_lora2", "img_attn.proj": "proj_lora1", "txt_attn.proj": "proj_lora2"}  # noqa: E501 # fmt: skip

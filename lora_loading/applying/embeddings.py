@@ -1,8 +1,8 @@
-"""Words of a prompt that stand for vectors which an adapter brings along, not for what the text encoder has learnt.
+"""Trigger words with vectors of their own, which an adapter brings along (textual inversion, pivotal tuning).
 
-A tokenizer gets some tokens of ours once, with texts that no one writes. While an adapter's words are carried, the
-table of embeddings gives its place to a longer one with their vectors, and `expand` writes our tokens for the words.
-Neither the tokenizer nor the table of the plain model is changed by a request.
+At load, 128 reserved tokens (`<lora-word-N>`) are added to each tokenizer. While an adapter with such words is active,
+the text encoder's embedding table is replaced by a longer one that holds their vectors, and `expand` replaces the words
+in the prompt by reserved tokens. A request changes neither the tokenizer nor the original table.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from lora_loading.applying.slots import copy_with, slot_of
 from lora_loading.reading.adapter import BundledEmbedding
 
 TOKENS = 128
-"""How many vectors a stack can bring along."""
-OURS = re.compile(r"<lora-word-\d+>")
+"""How many vectors the adapters of a stack can bring along together."""
+RESERVED = re.compile(r"<lora-word-\d+>")
 
 
 class BundledEmbeddings:
-    """Owns the tokens of ours in one tokenizer, and the table of embeddings of its text encoder."""
+    """Owns the reserved tokens of one tokenizer and the embedding table of its text encoder."""
 
     def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:  # noqa: ANN401 - transformers ships few types
-        """Add the tokens; the encoder is a plain one."""
+        """Add the reserved tokens; the encoder carries no adapter."""
         texts = [f"<lora-word-{index}>" for index in range(TOKENS)]
         tokenizer.add_tokens([AddedToken(text, lstrip=True, normalized=False, special=False) for text in texts])
         self._first: int = tokenizer.convert_tokens_to_ids(texts[0])
         self._places = [slot_of(encoder, name) for name in _tables(encoder)]
         self._tokens: dict[str, str] = {}
-        _find_the_end_by_its_token(encoder, tokenizer)
+        _find_end_by_token(encoder, tokenizer)
 
     def activate(self, embeddings: Sequence[BundledEmbedding]) -> None:
-        """Know exactly these words; of two that are the same the later counts."""
+        """Make exactly these words active; of two with the same text the later counts."""
         vectors = {embedding.word: embedding.vectors for embedding in embeddings}
         self._tokens = {}
         count = sum(len(rows) for rows in vectors.values())
@@ -50,8 +50,11 @@ class BundledEmbeddings:
             start += len(rows)
 
     def expand(self, prompt: str) -> str:
-        """The prompt with our tokens in the place of the carried words, in either case; ours are no one else's."""
-        prompt = OURS.sub("", prompt)
+        """The prompt with each active word (case-insensitive) replaced by its reserved tokens.
+
+        Reserved tokens that the user typed are removed.
+        """
+        prompt = RESERVED.sub("", prompt)
         if not self._tokens:
             return prompt
         words = {word.lower(): tokens for word, tokens in self._tokens.items()}
@@ -69,17 +72,17 @@ class BundledEmbeddings:
 
 
 def _tables(encoder: Any) -> list[str]:  # noqa: ANN401
-    """The names of all modules that look up the embeddings of tokens: T5 has two over one weight."""
+    """The names of all modules with the embedding table: T5 has two that share one weight."""
     weight = encoder.get_input_embeddings().weight
     modules = encoder.named_modules()
     return [name for name, module in modules if isinstance(module, nn.Embedding) and module.weight is weight]
 
 
-def _find_the_end_by_its_token(encoder: Any, tokenizer: Any) -> None:  # noqa: ANN401
-    """Have CLIP look for its end token instead of the greatest id, which would be one of ours.
+def _find_end_by_token(encoder: Any, tokenizer: Any) -> None:  # noqa: ANN401
+    """Make CLIP find the end of the prompt by its end token, not by the greatest id, which a reserved token has.
 
-    That is what its code does unless `eos_token_id` is 2, as in the configs of OpenAI's models, FLUX.1's among them
-    (transformers, modeling_clip.py). The end token's id being the greatest but for ours, nothing else changes.
+    transformers' modeling_clip.py takes the greatest id if `eos_token_id` is 2, as in the configs of OpenAI's models
+    and of FLUX.1. Without reserved tokens both ways find the same position.
     """
     for module in encoder.modules():
         if getattr(module, "eos_token_id", None) == 2:

@@ -1,17 +1,16 @@
 """The AdapterManager: a model's modules carry exactly the wanted stack of adapters and nothing else.
 
-The pristine weights are never written. A layer that carries something gives its slot in the module tree to another
-one that shares its weight:
+The pristine weights are never written. In the module tree, an adapted layer is replaced by another one:
 
-    low-rank factors      stay beside the weight: AdaptedLinear
-    any other change      a weight of its own, pristine + changes, worked out in float32
+    low-rank factors      AdaptedLinear, which shares the weight and keeps the factors beside it
+    any other change      a layer with a new weight, pristine + changes, computed in float32
 
-and takes its slot back afterwards, so a model without adapters is the plain model, to the bit and to the microsecond.
-Every `apply` writes all slots afresh, whatever was there before; between its beginning and its end the state is
-unknown, so what an exception or a cancellation leaves is mended by the next `apply`.
+Without adapters the original modules are in place: bit-identical output, no overhead. Every `apply` fills all slots
+anew, whatever they held. While it runs, the state is unknown, so an exception or a cancellation leaves nothing that the
+next `apply` does not repair.
 
-For compiled modules, whose graphs depend on which layers are adapted and on the ranks, `reserved_rank` gives all
-linear layers the same room as soon as one of them needs any: two graphs serve all stacks, with and without adapters.
+The graphs of compiled modules depend on which layers are adapted, and on their ranks. With `reserved_rank`, all linear
+layers are adapted, with that rank, as soon as one is: two graphs then serve all stacks, with and without adapters.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from lora_loading.shapes import TRANSFORMER, ModelShapes, adaptable_layers, comp
 from lora_loading.updates import LowRank, Update, merged
 
 Stack = Sequence[tuple[LoraAdapter, float]]
-"""Adapters and their strengths; the order does not matter."""
+"""Adapters and their scales; the order does not matter."""
 StackKey = tuple[tuple[str, float], ...]
-"""Digests and strengths: what a component carries."""
+"""The digest and scale of each adapter that a component carries."""
 
 
 @dataclass
 class LayerChanges:
-    """What one layer is to carry, with strengths: factors that can stay beside its weight, and what cannot."""
+    """The changes of one layer with their scales: factors that can stay beside the weight, and changes that cannot."""
 
     factors: list[tuple[LowRank, float]] = field(default_factory=list)
     weight: list[tuple[Update, float]] = field(default_factory=list)
@@ -51,23 +50,23 @@ class LayerChanges:
 
     @property
     def merging(self) -> list[tuple[Update, float]]:
-        """All changes of the weight, for who merges them: see `updates.merged`."""
+        """All changes of the weight, for `updates.merged`."""
         return [*self.factors, *self.weight]
 
 
 class ComponentAdapters:
-    """Owns what one module carries; models that share the module share this too."""
+    """Owns the adapters in one module; models that share the module share this object."""
 
     def __init__(
         self, name: str, module: nn.Module, reserved_rank: int = 0, words: BundledEmbeddings | None = None
     ) -> None:
-        """Start with a plain module.
+        """Take over a module without adapters.
 
         Args:
             name: the component's name in diffusers' pipelines.
             module: a module without adapters.
-            reserved_rank: 0 for a module that runs eagerly; else the rank for which a compiled one's graph has room.
-            words: a text encoder's slot for the words that adapters bring along.
+            reserved_rank: 0 for a module that runs eagerly; for a compiled one, the least rank of its adapted layers.
+            words: for a text encoder, the trigger words that adapters bring along.
         """
         self.name = name
         self.module = module
@@ -125,7 +124,7 @@ class ComponentAdapters:
 
 
 class AdaptedComponent(Protocol):
-    """Who makes one module carry a stack: `ComponentAdapters`, or the owner of a copy that is rewritten."""
+    """Makes one module carry a stack: `ComponentAdapters`, or the owner of a copy that is rewritten."""
 
     @property
     def name(self) -> str:
@@ -137,7 +136,7 @@ class AdaptedComponent(Protocol):
 
     @property
     def words(self) -> BundledEmbeddings | None:
-        """Where a text encoder has the words that adapters bring along."""
+        """For a text encoder, the trigger words that adapters bring along."""
 
     @property
     def active_stack(self) -> StackKey | None:
@@ -156,29 +155,29 @@ class AdapterManager:
         """What an adapter has to fit; for `read_adapter`."""
 
     def apply(self, stack: Stack) -> None:
-        """Make the model carry exactly these adapters, each at its strength, and nothing else.
+        """Make the model carry exactly these adapters, each at its scale, and nothing else.
 
-        The adapters must have been read for this model's `shapes`. A strength of 0 is none, and an adapter that stands
-        there twice acts with the sum. Does nothing where the model carries the stack already. After an exception, of
-        whatever kind, the next call puts everything right.
+        The adapters must have been read for this model's `shapes`. An adapter at scale 0 is left out, and one that is
+        given twice acts at the sum of its scales. Nothing is done if the model carries the stack already. After an
+        exception of any kind, the next call restores a known state.
 
         Raises:
-            ValueError: a strength is not finite.
+            ValueError: a scale is not finite.
         """
-        for _, strength in stack:
-            if not math.isfinite(strength):
-                raise ValueError(f"the strength of an adapter is {strength}")
-        joined = _joined_strengths(stack)
+        for _, scale in stack:
+            if not math.isfinite(scale):
+                raise ValueError(f"the scale of an adapter is {scale}")
+        joined = _joined_scales(stack)
         for component in self.components.values():
             component.apply(joined)
 
     def prompt(self, component: str, prompt: str) -> str:
-        """The prompt as a text encoder has to read it: with the words that the stack brings along made its tokens."""
+        """The prompt for a text encoder, with the words that the stack brings along replaced by reserved tokens."""
         owner = self.components.get(component)
         return prompt if owner is None or owner.words is None else owner.words.expand(prompt)
 
     def active_stack(self, component: str) -> StackKey | None:
-        """What a component carries, None while that is unknown; for keys of caches of its results."""
+        """What a component carries, None while that is unknown; part of the keys under which its results are cached."""
         return self.components[component].active_stack
 
 
@@ -208,46 +207,46 @@ def _owner(name: str, module: nn.Module, pipeline: Any, reserved_rank: int) -> C
     return ComponentAdapters(name, module, words=BundledEmbeddings(module, tokenizer))
 
 
-def _joined_strengths(stack: Stack) -> list[tuple[LoraAdapter, float]]:
-    """The same adapter once, with the sum of its strengths; in an order of their own.
+def _joined_scales(stack: Stack) -> list[tuple[LoraAdapter, float]]:
+    """Each adapter once, with the sum of its scales, ordered by digest.
 
-    Sums of floats depend on the order, and the same stack must give the same bytes whatever order was carried before.
+    Sums of floats depend on their order, and the same adapters must give the same bytes in whatever order they come.
     """
-    strengths: dict[str, float] = {}
-    for adapter, strength in stack:
-        strengths[adapter.digest] = strengths.get(adapter.digest, 0.0) + strength
+    scales: dict[str, float] = {}
+    for adapter, scale in stack:
+        scales[adapter.digest] = scales.get(adapter.digest, 0.0) + scale
     adapters = {adapter.digest: adapter for adapter, _ in stack}
-    return [(adapters[digest], strengths[digest]) for digest in sorted(strengths)]
+    return [(adapters[digest], scales[digest]) for digest in sorted(scales)]
 
 
 def own_part(stack: Stack, component: str) -> tuple[Stack, StackKey]:
-    """The adapters of a stack that change a component, and what names them."""
-    own = [(adapter, strength) for adapter, strength in stack if strength and component in adapter.components]
-    return own, tuple((adapter.digest, strength) for adapter, strength in own)
+    """The adapters of a stack that change a component, and the key of that part of the stack."""
+    own = [(adapter, scale) for adapter, scale in stack if scale and component in adapter.components]
+    return own, tuple((adapter.digest, scale) for adapter, scale in own)
 
 
 def changes_by_layer(stack: Stack, component: str) -> dict[str, LayerChanges]:
-    """What the layers of a component are to carry, by the names of those that carry anything."""
+    """The changes of a component's layers, by the names of the layers that have any."""
     table: dict[str, LayerChanges] = {}
-    for adapter, strength in stack:
+    for adapter, scale in stack:
         for layer in adapter.layers:
             if layer.component != component:
                 continue
             changes = table.setdefault(layer.layer, LayerChanges())
             if layer.parameter == "bias":
-                changes.bias.append((layer.update, strength))
+                changes.bias.append((layer.update, scale))
             elif isinstance(layer.update, LowRank):
-                changes.factors.append((layer.update, strength))
+                changes.factors.append((layer.update, scale))
             else:
-                changes.weight.append((layer.update, strength))
+                changes.weight.append((layer.update, scale))
     return table
 
 
 def _joined(factors: list[tuple[LowRank, float]], rank: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """All factors as one pair, (rank, in) and (out, rank), their strengths in B; room to spare holds zeros."""
+    """All factors as one pair, (rank, in) and (out, rank), with the scales in B; unused rank is filled with zeros."""
     device, dtype = weight.device, weight.dtype
     parts_a = [update.a.to(device, dtype) for update, _ in factors]
-    parts_b = [_scaled(update.b.to(device), update.scale * strength, dtype) for update, strength in factors]
+    parts_b = [_scaled(update.b.to(device), update.scale * scale, dtype) for update, scale in factors]
     spare = rank - sum(part.shape[0] for part in parts_a)
     if spare:
         parts_a.append(weight.new_zeros(spare, weight.shape[1]))
@@ -258,7 +257,7 @@ def _joined(factors: list[tuple[LowRank, float]], rank: int, weight: Tensor) -> 
 
 
 def _scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The factor times the scale, multiplied in float32 at least; the given factor is not written."""
+    """The factor times the scale, multiplied in float32 or better; the given factor is not written."""
     if scale == 1.0:
         return factor.to(dtype)
     return (factor.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype)

@@ -1,6 +1,7 @@
-"""Places in a module tree, and the layers that stand in for plain ones. Knows no adapters, files or names of parts.
+"""Slots of a module tree, and the layers that replace the original ones there. Knows no adapters or files.
 
-A plain layer is never written: another layer that shares its tensors, or has others, takes its place and leaves it.
+An original layer is never written. While it is adapted, another layer is in its slot, which shares its tensors or has
+others.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ _NO_FACTORS = (torch.empty(0, 0), torch.empty(0, 0))
 
 
 class AdaptedLinear(nn.Linear):
-    """W x + bias + B (A x), over the weight and bias of the layer that it stands for.
+    """W x + bias + B (A x), with the weight and bias of the layer that it replaces.
 
-    Its factors are no part of the state dict. Adding them to the product in one call saves a pass over the output.
+    The factors are not in the state dict. Adding their product to W x in place saves a pass over the output.
     """
 
     lora_a: Tensor
@@ -34,9 +35,9 @@ class AdaptedLinear(nn.Linear):
         self.train(base.training)
 
     def activate(self, weight: nn.Parameter, bias: nn.Parameter | None, lora_a: Tensor, lora_b: Tensor) -> None:
-        """Take these tensors as they are: (out, in), (out,), (rank, in) and (out, rank).
+        """Use these tensors, without copies: (out, in), (out,), (rank, in) and (out, rank).
 
-        They are written where nn.Module keeps them, past its checks, which would take half of a swap's time.
+        They are stored directly in nn.Module's dictionaries, since its checks would take half the time of a swap.
         """
         self._parameters["weight"], self._parameters["bias"] = weight, bias
         self._buffers["lora_a"], self._buffers["lora_b"] = lora_a, lora_b
@@ -51,7 +52,7 @@ class AdaptedLinear(nn.Linear):
 
 @dataclass
 class ModuleSlot:
-    """A place in the module tree: who holds it, the plain layer, and the one that stands for it with factors."""
+    """A slot of the module tree: the parent and the child's name, the original layer, and its adapted replacement."""
 
     parent: nn.Module
     child: str
@@ -59,31 +60,31 @@ class ModuleSlot:
     adapted: AdaptedLinear | None = None
 
     def put(self, layer: nn.Module) -> None:
-        """Give the place to a layer."""
+        """Put a layer into the slot."""
         if self.parent._modules[self.child] is not layer:
             self.parent.register_module(self.child, layer)
 
     def rest(self) -> None:
-        """Free what the layer with factors holds; the layer itself is kept, since making 500 of them takes 10 ms."""
+        """Free the factors of the adapted layer; the layer itself is kept, since making 500 of them takes 10 ms."""
         if self.adapted is not None:
             self.adapted.activate(*self.pristine, *_NO_FACTORS)
 
     @property
     def pristine(self) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """The plain layer's weight and bias; some norms have no such thing as a bias."""
+        """The original layer's weight and bias; the bias is None where there is none."""
         parameters = self.plain._parameters
         return parameters["weight"], parameters.get("bias")
 
 
 def slot_of(module: nn.Module, name: str) -> ModuleSlot:
-    """The place of the layer that has this name now; it counts as the plain one."""
+    """The slot of this name; the layer in it counts as the original one."""
     parent, _, child = name.rpartition(".")
     holder = module.get_submodule(parent)
     return ModuleSlot(holder, child, holder.get_submodule(child))
 
 
 def copy_with(layer: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:  # noqa: ANN401 - any norm
-    """A layer of the same class with another weight; `bias` is None for norms that have no such thing."""
+    """A layer of the same class with another weight and bias; `bias` is None for layers without one."""
     other: nn.Module = copy.copy(layer)
     other.__dict__["_parameters"] = dict(layer._parameters) | {"weight": weight}
     if "bias" in layer._parameters:

@@ -1,1 +1,1 @@
-"""A LoRA file -> a LoraAdapter on the CPU, checked."""
+"""A LoRA file becomes a checked LoraAdapter on the CPU."""

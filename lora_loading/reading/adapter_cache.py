@@ -10,24 +10,24 @@ from lora_loading.shapes import ModelShapes
 
 
 class AdapterCache:
-    """Adapters by their files' digests, the least recently used forgotten first."""
+    """Adapters by their files' digests; the least recently used is dropped first."""
 
     def __init__(self, max_bytes: int) -> None:
         """Start empty.
 
         Args:
-            max_bytes: what the adapters' tensors may take together; a larger one is read each time.
+            max_bytes: the limit for all tensors together; an adapter that is larger is read each time.
         """
         self._max_bytes = max_bytes
         self._adapters: OrderedDict[tuple[str, ModelShapes], LoraAdapter] = OrderedDict()
 
     @property
     def bytes(self) -> int:
-        """What the adapters' tensors take together."""
+        """The memory of all tensors."""
         return sum(adapter.bytes for adapter in self._adapters.values())
 
     def get(self, path: Path, shapes: ModelShapes, digest: str, label: str = "") -> LoraAdapter:
-        """The adapter in a file, which is read unless it was lately; `digest` is the file's sha256.
+        """The adapter in a file, which is read if it is not in the cache; `digest` is the file's sha256.
 
         Raises:
             LoraFormatError: see `read_adapter`.

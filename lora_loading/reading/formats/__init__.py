@@ -1,13 +1,20 @@
-"""How LoRA files name their tensors: a file a family of names, all ending in the same targets. Holds no weights."""
+"""How LoRA files name their tensors: one module for each family of names. Knows names and shapes, no weights."""
 
 from __future__ import annotations
 
-from lora_loading.reading.formats import bfl, diffusers, flat, text, xlabs
+from lora_loading.reading.formats import bfl, diffsynth, diffusers, flat, text, xlabs
 from lora_loading.reading.formats.targets import Family, Target
 from lora_loading.shapes import ModelShapes
 
-FAMILIES: tuple[Family, ...] = (diffusers.FAMILY, bfl.FAMILY, xlabs.FAMILY, *flat.FAMILIES, text.FAMILY)
-"""A path belongs to at most one of them, so their order does not matter."""
+FAMILIES: tuple[Family, ...] = (
+    diffusers.FAMILY,
+    bfl.FAMILY,
+    xlabs.FAMILY,
+    diffsynth.FAMILY,
+    *flat.FAMILIES,
+    text.FAMILY,
+)
+"""No path means different layers in two of them, so their order decides nothing but the name in the log."""
 
 
 def locate(path: str, shapes: ModelShapes) -> tuple[Family, Target] | None:

@@ -1,11 +1,12 @@
-"""Black Forest Labs' names of the layers, with any prefix; ComfyUI, fal and OneTrainer use them with dots.
+"""Black Forest Labs' names of the layers, with dots, behind any prefix.
 
     diffusion_model.double_blocks.0.img_attn.proj.lora_down.weight        ComfyUI
     double_blocks.0.img_attn.qkv.lora_A.weight                            without a prefix
     base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight           fal, Kontext
     transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight           OneTrainer: q, k, v apart, and linear1.0 to 3
+    diffusion_model.single_blocks.0.linear1_qkv.lora_down.weight          ComfyUI, USO: linear1 without its MLP
 
-The sizes of a fused layer's parts are those of the model's own layers.
+A fused layer, such as qkv, holds the rows of several layers of diffusers; their sizes come from the model's shapes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ DOUBLE = {
 }
 SINGLE = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear1_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
     "norm.query_norm": ("attn.norm_q",),
@@ -55,12 +57,12 @@ OUTSIDE = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 SWAPPED = "final_layer.adaLN_modulation.1"
-"""Holds shift before scale, and diffusers scale before shift."""
+"""In BFL's layer the shift comes before the scale, in diffusers' the scale before the shift."""
 
 
 @lru_cache(maxsize=8)
 def bfl_targets(shapes: ModelShapes) -> Mapping[str, Target]:
-    """All targets of a model by their BFL names; parts of fused layers by their number too."""
+    """All targets of a model by their BFL names, and the parts of fused layers by name and number."""
     layers = shapes.by_component[TRANSFORMER]
     table: dict[str, Target] = {}
     for name, parts in _names(layers):
@@ -70,7 +72,7 @@ def bfl_targets(shapes: ModelShapes) -> Mapping[str, Target]:
         table[name] = swapped(name, found[0]) if name == SWAPPED else _target(name, found)
         if name.endswith("_norm"):
             table[f"{name}.scale"] = table[name]
-        if len(found) > 1:
+        if len(found) > 1 and name[-4:] != "_qkv":
             table |= {f"{name}.{index}": whole(layer) for index, layer in enumerate(found)}
     return table
 
@@ -80,7 +82,7 @@ def _target(name: str, layers: tuple[LayerShape, ...]) -> Target:
 
 
 def _names(layers: Mapping[str, LayerShape]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each BFL name, and diffusers' names of its parts."""
+    """Each BFL name with diffusers' names of the layers that it holds."""
     for bfl, diffusers, block in (
         ("double_blocks", "transformer_blocks", DOUBLE),
         ("single_blocks", "single_transformer_blocks", SINGLE),

@@ -3,6 +3,7 @@
 transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight       diffusers, ai-toolkit
 transformer_blocks.0.attn.to_q.lora_A.default.weight                  DiffSynth
 base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight         PEFT's save_pretrained
+unet.transformer_blocks.0.attn.to_q.lora_A.weight                     the prefix of older scripts
 diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight          ComfyUI's prefix before these names
 """
 
@@ -13,7 +14,7 @@ import re
 from lora_loading.reading.formats.targets import Family, Target, whole
 from lora_loading.shapes import TRANSFORMER, ModelShapes
 
-PREFIX = re.compile(r"(?:base_model\.model\.|(?:lora_)?transformer\.|diffusion_model\.|model\.|module\.)*")
+PREFIX = re.compile(r"(?:base_model\.model\.|(?:lora_)?transformer\.|diffusion_model\.|unet\.|model\.|module\.)*")
 
 
 def _locate(path: str, shapes: ModelShapes) -> Target | None:

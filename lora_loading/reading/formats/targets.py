@@ -1,17 +1,16 @@
-"""The layers that a file's names mean: one layer of the model, or several that the file keeps as one. Knows no keys."""
+"""What a name in a file stands for: one layer of the model, or several that the file keeps as one. Knows no keys."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_loading.shapes import LayerShape, ModelShapes
-from lora_loading.updates import Rows
+from lora_loading.shapes import LayerShape, ModelShapes, Rows
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A layer of the model, and the rows of the file's layer that it takes."""
+    """A layer of the model, and the rows of the file's layer that belong to it."""
 
     layer: LayerShape
     rows: Rows
@@ -22,17 +21,17 @@ class Target:
     """A layer as a file sees it."""
 
     name: str
-    """For messages, and one for every spelling of the same layer."""
+    """The same for every spelling of a layer; shown in messages."""
     pieces: tuple[Piece, ...]
 
     @property
     def component(self) -> str:
-        """The component that all pieces belong to."""
+        """The component that the layer is in, the same for all pieces."""
         return self.pieces[0].layer.component
 
     @property
     def rows(self) -> int:
-        """The size of the output, of all pieces together."""
+        """The size of the output, summed over the pieces."""
         return sum(piece.layer.rows for piece in self.pieces)
 
     @property
@@ -42,29 +41,29 @@ class Target:
 
     @property
     def bias(self) -> bool:
-        """Whether there is one."""
+        """Whether the layer has a bias; for several pieces, whether all have."""
         return all(piece.layer.bias for piece in self.pieces)
 
 
 Locate = Callable[[str, ModelShapes], Target | None]
-"""What a path means in this model, None where the path is another family's."""
+"""A function from a path to its target in this model; None if the path is not of its family."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One way to name layers."""
+    """One convention of naming layers: its name for the log, and how a path is looked up."""
 
     name: str
     locate: Locate
 
 
 def whole(layer: LayerShape) -> Target:
-    """The target that is one layer."""
+    """The target that is one whole layer of the model."""
     return Target(layer.name, (Piece(layer, ((0, layer.rows),)),))
 
 
 def fused(name: str, layers: tuple[LayerShape, ...]) -> Target:
-    """The target whose rows are those of several layers, one after the other."""
+    """The target that holds the rows of several layers, one after the other."""
     pieces, start = [], 0
     for layer in layers:
         pieces.append(Piece(layer, ((start, start + layer.rows),)))
@@ -73,6 +72,6 @@ def fused(name: str, layers: tuple[LayerShape, ...]) -> Target:
 
 
 def swapped(name: str, layer: LayerShape) -> Target:
-    """The target whose halves stand the other way round."""
+    """The target whose two halves are exchanged in the model's layer."""
     half = layer.rows // 2
     return Target(name, (Piece(layer, ((half, layer.rows), (0, half))),))

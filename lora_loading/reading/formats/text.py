@@ -5,8 +5,9 @@
     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight      diffusers
     text_encoders.clip_l.transformer.text_model.encoder.layers.0....             ComfyUI
     clip_l.text_model.encoder.layers.0....  t5.encoder.block.0.layer.0....       OneTrainer, beside split BFL names
+    t5xxl.encoder.block.0....  lora_te3.encoder.block.0....                      the same names, other prefixes
 
-CLIP's layers stand below `text_model` in files and in older versions of transformers only.
+Files keep CLIP's layers below `text_model`; the transformers library does so in older versions only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from lora_loading.shapes import CLIP, T5, ModelShapes
 
 DOTTED = {
     CLIP: ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.transformer.", "clip_l.", "lora_te1."),
-    T5: ("text_encoder_2.", "text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "t5.", "lora_te2."),
+    T5: (
+        "text_encoder_2.",
+        "text_encoders.t5xxl.transformer.",
+        "t5xxl.transformer.",
+        "t5xxl.",
+        "t5.",
+        "lora_te2.",
+        "lora_te3.",
+    ),
 }
 FLAT = {CLIP: ("lora_te1_", "lora_te_"), T5: ("lora_te3_", "lora_te2_")}
 

@@ -362,7 +362,7 @@ def test_a_failing_change_leaves_the_next_stack_unharmed() -> None:
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
 def test_a_strength_that_is_no_number_is_refused(strength: float) -> None:
     manager = manager_of(narrow_transformer())
-    with pytest.raises(ValueError, match="strength"):
+    with pytest.raises(ValueError, match="scale"):
         manager.apply([(adapter_of(manager.shapes), strength)])
 
 

@@ -47,10 +47,11 @@ BAD: dict[str, tuple[Tensors, str]] = {
     "tall B": (good() | {f"{KEY}.lora_B.weight": torch.randn(64, 4)}, "B is 64x4, .* takes 32x4"),
     "unequal ranks": (good() | {f"{KEY}.lora_B.weight": torch.randn(32, 5)}, "B is 32x5"),
     "rank 0": ({f"{KEY}.lora_A.weight": torch.ones(0, 32), f"{KEY}.lora_B.weight": torch.ones(32, 0)}, "A is 0x32"),
-    "rank 513": (
-        {f"{KEY}.lora_A.weight": torch.ones(513, 32), f"{KEY}.lora_B.weight": torch.ones(32, 513)},
-        "rank is 513",
+    "rank 2049": (
+        {f"{KEY}.lora_A.weight": torch.ones(2049, 32), f"{KEY}.lora_B.weight": torch.ones(32, 2049)},
+        "rank is 2049",
     ),
+    "infinite alpha": (good() | {f"{KEY}.alpha": torch.tensor(float("inf"), dtype=torch.float16)}, "alpha is inf"),
     "three dimensions": (good() | {f"{KEY}.lora_A.weight": torch.randn(4, 32, 1)}, "A is 4x32x1"),
     "NaN": (good() | {f"{KEY}.lora_A.weight": with_nan(torch.randn(4, 32))}, "not finite"),
     "infinity": (good() | {f"{KEY}.lora_B.weight": with_nan(torch.randn(32, 4), float("-inf"))}, "not finite"),
@@ -59,7 +60,7 @@ BAD: dict[str, tuple[Tensors, str]] = {
         "not finite",
     ),
     "NaN in alpha": (good() | {f"{KEY}.alpha": torch.tensor(float("nan"))}, "not finite"),
-    "alpha of two": (good() | {f"{KEY}.alpha": torch.ones(2)}, "alpha holds 2 numbers"),
+    "alpha of two": (good() | {f"{KEY}.alpha": torch.ones(2)}, "alpha is 2 numbers"),
     "integers": (good() | {f"{KEY}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}, "of type int8"),
     "complex numbers": (good() | {f"{KEY}.lora_A.weight": torch.ones(4, 32, dtype=torch.complex64)}, "complex64"),
     "a layer beyond the last": (
@@ -73,8 +74,9 @@ BAD: dict[str, tuple[Tensors, str]] = {
     ),
     "one layer in two formats": (
         {f"{FLAT}.lora_down.weight": torch.randn(4, 32), f"{FLAT}.lora_up.weight": torch.randn(32, 4)}
-        | {"transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight": torch.randn(4, 32)},
-        "the same thing twice",
+        | {"transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight": torch.randn(4, 32)}
+        | {"transformer.transformer_blocks.0.attn.to_out.0.lora_B.weight": torch.randn(32, 4)},
+        "changes the layer .* twice",
     ),
     "LoRA and LoHa at once": (
         good() | {f"{KEY}.hada_w{i}_{s}": torch.randn(*((32, 4), (4, 32))[s == "b"]) for i in (1, 2) for s in "ab"},
@@ -128,7 +130,7 @@ def test_a_damaged_file_is_refused_or_means_something(tmp_path: Path, shapes: Mo
 
 def test_an_empty_file_is_refused(tmp_path: Path, shapes: ModelShapes) -> None:
     (tmp_path / "x.safetensors").touch()
-    with pytest.raises(LoraFormatError, match="no safetensors file"):
+    with pytest.raises(LoraFormatError, match="not a safetensors file"):
         read_adapter(tmp_path / "x.safetensors", shapes)
 
 
@@ -147,7 +149,8 @@ def test_what_is_known_of_an_adapter(tmp_path: Path, shapes: ModelShapes) -> Non
     assert adapter.format == "kohya: LoRA"
     assert adapter.ranks == (4, 6)
     assert adapter.count(TRANSFORMER) == 9
-    assert adapter.bytes == sum(4 * (change.a.numel() + change.b.numel()) for change in changes)
+    held = sum(4 * (change.a.numel() + change.b.numel()) for change in changes)
+    assert held <= adapter.bytes <= 2.2 * held  # the file's one buffer, and copies of what is not aligned in it
     assert adapter.trigger_words == ("ohwx man",)
     assert "kohya: LoRA, rank 4 to 6, layers: 9 of the transformer" in adapter.summary
     assert len(adapter.digest) == 64
@@ -197,11 +200,12 @@ def test_scales_of_pefts_settings() -> None:
     }
     metadata = {"lora_adapter_metadata": json.dumps(notes)}
     settings = peft_settings(metadata, TRANSFORMER)
-    assert settings.scale("transformer_blocks.0.attn.to_q", 4) == 0.5
-    assert settings.scale("single_transformer_blocks.3.attn.to_k", 4) == 1.5
-    assert settings.scale("proj_out", 4) == 2.0
-    assert peft_settings(metadata, "text_encoder").scale("x", 4) == 4.0
-    assert peft_settings({}, TRANSFORMER).scale("x", 4) is None
+    # PEFT matches (.*\.)?(pattern)$, so that a pattern with ^ is never found behind a prefix
+    assert settings.scale(("transformer_blocks.0.attn.to_q",), 4) == 0.5
+    assert settings.scale(("single_transformer_blocks.3.attn.to_k",), 4) == 1.5
+    assert settings.scale(("proj_out",), 4) == 2.0
+    assert peft_settings(metadata, "text_encoder").scale(("x",), 4) == 4.0
+    assert peft_settings({}, TRANSFORMER).scale(("x",), 4) is None
 
 
 def test_the_cache_reads_a_file_again_only_when_it_was_forgotten(tmp_path: Path, shapes: ModelShapes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_bfl_names_mean_what_diffusers_conversion_of_checkpoints_says() -> None:
     """On FLUX's own sizes, which diffusers' converter has built in; each row is told by a number of its own."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    others = (".qkv.", "img_in.proj")
+    others = (".qkv.", "img_in.proj", "linear1_qkv")
     targets = bfl_targets(shapes_of({"transformer": model})).items()
     whole = {name: target for name, target in targets if not any(other in name for other in others)}
     checkpoint = {}
@@ -102,6 +103,10 @@ EVERYTHING: dict[str, Write] = {
     "OneTrainer legacy": files.flat_diffusers("lora_transformer_"),
     "OneTrainer, split BFL names": files.onetrainer_split,
     "LyCORIS LoCon": files.flat_diffusers("lycoris_"),
+    "DiffSynth, own names": files.diffsynth(),
+    "DiffSynth, with its pipeline's prefix": files.diffsynth("pipe.dit.", ""),
+    "SimpleTuner, .lora_alpha": files.peft_with_alpha(alpha="lora_alpha"),
+    "diffusers names below unet": files.peft_named("unet."),
 }
 
 
@@ -163,6 +168,8 @@ TEXT = {
     "OneTrainer": ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_te2_encoder_block_0_layer_0_SelfAttention_q"),  # noqa: E501
     "OneTrainer, BFL names": ("clip_l.text_model.encoder.layers.0.self_attn.q_proj", "t5.encoder.block.0.layer.0.SelfAttention.q"),  # noqa: E501
     "diffusers": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"),  # noqa: E501
+    "T5 with dots": ("clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj", "lora_te3.encoder.block.0.layer.0.SelfAttention.q"),  # noqa: E501
+    "t5xxl": ("lora_te1.text_model.encoder.layers.0.self_attn.q_proj", "t5xxl.encoder.block.0.layer.0.SelfAttention.q"),
     "ComfyUI": ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj", "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"),  # noqa: E501
 }  # fmt: skip
 
@@ -317,6 +324,124 @@ def test_full_differences_of_weights_biases_and_norms(
     assert_equal(deltas(adapter, components, "bias"), {"norm_out.linear": swapped})
 
 
+def test_comfyuis_linear1_without_its_mlp(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    a, b = torch.randn(2, 128), torch.randn(3 * 128, 2)
+    name = "diffusion_model.single_blocks.1.linear1_qkv"
+    tensors = {f"{name}.lora_{n}.weight": t for n, t in (("down", a), ("up", b))}
+    found = deltas(read_adapter(save(tmp_path / "x.safetensors", tensors), shapes), components)
+    parts = zip("qkv", (b.double() @ a.double()).chunk(3), strict=True)
+    assert_equal(found, {f"single_transformer_blocks.1.attn.to_{part}": delta for part, delta in parts})
+
+
+def test_comfyuis_set_weight_is_a_norms_new_weight(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    value = torch.randn(32)
+    tensors = {"diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.set_weight": value}
+    found = deltas(read_adapter(save(tmp_path / "x.safetensors", tensors), shapes), components)
+    old = adaptable_layers(components["transformer"])["transformer_blocks.0.attn.norm_q"].weight
+    assert_equal(found, {"transformer_blocks.0.attn.norm_q": (value - old).double()})
+
+
+def test_ai_toolkits_magnitude_is_doras(tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]) -> None:
+    """ai-toolkit, toolkit/models/DoRA.py: magnitude * V / |V| over rows, without alpha in PEFT's names."""
+    name = "transformer_blocks.0.attn.to_q"
+    old = adaptable_layers(components["transformer"])[name].weight.double()
+    a, b, magnitude = torch.randn(4, 128) * 0.1, torch.randn(128, 4) * 0.1, torch.rand(128) + 0.5
+    tensors = {"lora_A.weight": a, "lora_B.weight": b, "magnitude": magnitude}
+    path = save(tmp_path / "x.safetensors", {f"transformer.{name}.{part}": t for part, t in tensors.items()})
+    new = old + b.double() @ a.double()
+    wanted = magnitude.double()[:, None] * new / new.norm(dim=1, keepdim=True) - old
+    assert_equal(deltas(read_adapter(path, shapes), components), {name: wanted})
+
+
+def test_ai_toolkits_lokr_at_its_defaults_has_an_infinite_alpha_that_means_nothing(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    """Its rank of 1e10 keeps both sides whole; alpha = rank is infinite in float16."""
+    name = "transformer_blocks.0.attn.to_q"
+    w1, w2 = torch.randn(8, 8).half(), torch.randn(16, 16).half()
+    tensors = {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(1e10).half()}
+    for prefix in (f"transformer.{name}", f"lycoris_{name.replace('.', '_')}"):
+        path = save(tmp_path / "x.safetensors", {f"{prefix}.{part}": t for part, t in tensors.items()})
+        wanted = torch.kron(w1.double(), w2.double())
+        assert_equal(deltas(read_adapter(path, shapes), components), {name: wanted})
+
+
+def test_pefts_patterns_of_alphas_mean_what_they_mean_in_peft(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    from peft import LoraConfig
+
+    pattern = {r"transformer_blocks\.[01]\.attn\.to_q": 1, "attn.to_q": 6, "ff.net.0.proj": 3}
+    config = LoraConfig(r=4, lora_alpha=8, alpha_pattern=pattern, target_modules=TARGETS)
+    tensors, wanted = peft_file(config, components)
+    settings = {f"transformer.{k}": v for k, v in (("lora_alpha", 8), ("r", 4), ("alpha_pattern", pattern))}
+    path = save(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": json.dumps(settings)})
+    assert_equal(deltas(read_adapter(path, shapes), components), wanted, 1e-5)
+
+
+def test_a_scale_that_the_file_leaves_open_is_said(tmp_path: Path, shapes: ModelShapes) -> None:
+    changes = changes_of(shapes, only="attn")
+    open_scale = read_adapter(save(tmp_path / "x.safetensors", files.peft_named("base_model.model.")(changes)), shapes)
+    assert "the file has no alpha: alpha / rank = 1 is assumed" in open_scale.summary
+    assert not read_adapter(save(tmp_path / "x.safetensors", files.kohya(changes)), shapes).notes
+    named = read_adapter(save(tmp_path / "x.safetensors", files.peft_named()(changes), files.peft_metadata(changes)), shapes)  # noqa: E501 # fmt: skip
+    assert not named.notes
+
+
+def test_one_lora_in_two_spellings_acts_once(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    changes = changes_of(shapes)
+    both = files.kohya(changes) | files.peft_named()(changes)
+    adapter = read_adapter(save(tmp_path / "x.safetensors", both), shapes)
+    assert_equal(deltas(adapter, components), expected(changes))
+    assert f"{len(expected(changes))} layers are in the file under two names" in adapter.summary
+
+
+def test_two_changes_of_one_layer_are_refused(tmp_path: Path, shapes: ModelShapes) -> None:
+    both = files.kohya(changes_of(shapes)) | files.peft_named()(changes_of(shapes, seed=1, only="qkv"))
+    with pytest.raises(LoraFormatError, match=r"changes the layer .* twice, as .*, and differently"):
+        read_adapter(save(tmp_path / "x.safetensors", both), shapes)
+
+
+def test_what_a_comfyui_extract_holds_besides_is_left_out_where_it_changes_nothing(
+    tmp_path: Path, shapes: ModelShapes
+) -> None:
+    """Extracts of whole models keep what FLUX.1 never reads, and differences that are zero."""
+    changes = changes_of(shapes, only="img_mlp")
+    extra = {
+        "clip_l.transformer.text_projection.lora_up.weight": torch.randn(128, 2),
+        "clip_l.transformer.text_projection.lora_down.weight": torch.randn(2, 128),
+        "clip_l.transformer.text_model.embeddings.position_embedding.diff": torch.zeros(77, 128),
+        "t5xxl.transformer.shared.lora_up.weight": torch.zeros(100, 2),
+        "t5xxl.transformer.shared.lora_down.weight": torch.randn(2, 128),
+    }
+    adapter = read_adapter(save(tmp_path / "x.safetensors", files.kohya(changes) | extra), shapes)
+    assert sorted(adapter.left_out) == sorted(extra)
+    changed = extra | {"clip_l.transformer.text_model.embeddings.position_embedding.diff": torch.ones(77, 128)}
+    with pytest.raises(LoraFormatError, match=r"1 of its .* not understood, as .*position_embedding"):
+        read_adapter(save(tmp_path / "x.safetensors", files.kohya(changes) | changed), shapes)
+
+
+def test_a_joined_and_split_linear1_may_have_four_times_the_rank(tmp_path: Path, shapes: ModelShapes) -> None:
+    a, b = torch.randn(2048, 128), torch.randn(128, 2048)
+    name = "transformer.single_transformer_blocks.0.attn.to_q"
+    path = save(tmp_path / "x.safetensors", {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})
+    assert read_adapter(path, shapes).ranks == (2048, 2048)
+
+
+def test_onetrainers_output_embeddings_are_named_and_left_out(tmp_path: Path, shapes: ModelShapes) -> None:
+    words = {"bundle_emb.ohwx.clip_l_out": torch.randn(1, 128), "bundle_emb.ohwx.t5_out": torch.randn(1, 128)}
+    tensors = files.flat_diffusers("lora_transformer_")(changes_of(shapes, only="img_mlp"))
+    adapter = read_adapter(save(tmp_path / "x.safetensors", tensors | words), shapes)
+    assert set(adapter.left_out) == set(words)
+    assert "not applied: bundle_emb.ohwx.clip_l_out, bundle_emb.ohwx.t5_out" in adapter.summary
+
+
 def test_bundled_embeddings_are_kept_by_their_words(tmp_path: Path, shapes: ModelShapes) -> None:
     tensors = {
         "bundle_emb.ohwx man.clip_l": torch.randn(2, 128),
@@ -328,61 +453,8 @@ def test_bundled_embeddings_are_kept_by_their_words(tmp_path: Path, shapes: Mode
     assert found == {("ohwx man", CLIP): (2, 128), ("ohwx man", T5): (3, 128)}
 
 
-# Not for this model
-
-OTHERS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
-    "SD 1.5": (
-        {
-            "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 320, 1, 1),
-            "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": (320, 4, 1, 1),
-            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 128),
-            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight": (128, 4),
-        },
-        "Stable Diffusion 1.5 or SDXL",
-    ),
-    "SDXL": (
-        {
-            "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640),
-            "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 1280),
-        },
-        "Stable Diffusion 1.5 or SDXL",
-    ),
-    "SDXL, diffusers": ({"unet.down_blocks.1.attentions.0.proj_in.lora_A.weight": (4, 640)}, "SDXL"),
-    "SD3": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": (4, 64)}, "Stable Diffusion 3"),
-    "Wan": ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (4, 64)}, "another model"),
-    "checkpoint, BFL": (
-        {"double_blocks.0.img_attn.qkv.weight": (384, 128), "double_blocks.0.img_attn.qkv.bias": (384,)},
-        "a full checkpoint",
-    ),
-    "checkpoint, diffusers": ({"transformer_blocks.0.attn.to_q.weight": (128, 128)}, "a full checkpoint"),
-    "checkpoint, all in one": (
-        {"model.diffusion_model.single_blocks.0.linear1.weight": (896, 128), "vae.decoder.conv_in.bias": (4,)},
-        "a full checkpoint",
-    ),
-    "control LoRA": (
-        {
-            "img_in.lora_A.weight": (4, 128),
-            "img_in.lora_B.weight": (128, 4),
-            "double_blocks.0.img_attn.norm.query_norm.scale": (32,),
-        },
-        "control LoRA",
-    ),
-    "OFT": ({"lora_unet_double_blocks_0_img_attn_proj.oft_blocks": (4, 32, 32)}, "not supported"),
-    "something else": ({"weights": (3,)}, "none of its 1 tensors"),
-    "nothing": ({}, "empty"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_files_are_refused_by_their_name(name: str, tmp_path: Path, shapes: ModelShapes) -> None:
-    sizes, kind = OTHERS[name]
-    path = save(tmp_path / "x.safetensors", {key: torch.randn(size) for key, size in sizes.items()})
-    with pytest.raises(LoraFormatError, match=kind):
-        read_adapter(path, shapes, label="a/b")
-
-
 def test_a_text_file_is_refused(tmp_path: Path, shapes: ModelShapes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(LoraFormatError, match="no safetensors file"):
+    with pytest.raises(LoraFormatError, match="not a safetensors file"):
         read_adapter(path, shapes)
