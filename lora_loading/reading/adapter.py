@@ -138,7 +138,7 @@ def _build(
 ) -> LoraAdapter:
     settings = {component: peft_settings(header.metadata, component) for component in COMPONENTS}
     if peft is not None:
-        settings = {component: own if own != PeftSettings() else peft for component, own in settings.items()}
+        settings = {component: own if own.given else peft for component, own in settings.items()}
     layers = [
         FileLayer(
             layer.target,
@@ -180,7 +180,7 @@ def _notes_on_scales(layers: list[FileLayer], file: SortedFile) -> list[str]:
     if assumed:
         some = "the file has no alpha" if assumed == len(scaled) else f"{assumed} of {len(scaled)} layers have no alpha"
         notes.append(f"{some}: alpha / rank = 1 is assumed")
-    if any("oft_R" in layer.parts and layer.settings == PeftSettings() for layer in layers):
+    if any("oft_R" in layer.parts and not layer.settings.given for layer in layers):
         notes.append("OFT of PEFT without its settings: its default series of 5 terms is assumed")
     return notes
 
@@ -190,8 +190,9 @@ def _embeddings(file: SortedFile, tensors: Mapping[str, Tensor], shapes: ModelSh
     for component in COMPONENTS:
         count = sum(len(e.vectors) for e in embeddings if e.component == component)
         if count > MAX_EMBEDDING_TOKENS:
-            found = f"its words have {count} vectors, and {MAX_EMBEDDING_TOKENS} are taken"
-            raise LoraFormatError(f"{found}. Use another LoRA.")
+            raise LoraFormatError(
+                f"its words have {count} vectors, and {MAX_EMBEDDING_TOKENS} are taken. Use another LoRA."
+            )
     return embeddings
 
 
@@ -202,6 +203,8 @@ def _embedding(key: str, vectors: Tensor, shapes: ModelShapes) -> BundledEmbeddi
     word, component = read
     width = shapes.width(component)
     if vectors.ndim != 2 or vectors.shape[1] != width or not len(vectors):
-        found = f'"{key[:120]}" is {sizes(tuple(vectors.shape))}, and this model takes any number x {width}'
-        raise LoraFormatError(f"{found}. Use a LoRA for this model.")
+        found = sizes(tuple(vectors.shape))
+        raise LoraFormatError(
+            f'"{key[:120]}" is {found}, and this model takes any number x {width}. Use a LoRA for this model.'
+        )
     return BundledEmbedding(word, component, vectors)

@@ -37,8 +37,10 @@ def without_duplicates(found: Iterable[tuple[Target, list[LayerUpdate]]]) -> tup
                 duplicates += 1
             else:
                 names = f'"{kept[place][0].name}" and "{target.name}"'
-                found_text = f'the file changes the layer "{update.layer}" twice, as {names}, and differently'
-                raise LoraFormatError(f"{found_text}. Use a file that names each layer once.")
+                raise LoraFormatError(
+                    f'the file changes the layer "{update.layer}" twice, as {names}, and differently. '
+                    "Use a file that names each layer once."
+                )
     return [update for _, update in kept.values()], duplicates
 
 

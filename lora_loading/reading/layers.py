@@ -80,10 +80,16 @@ def _scale(layer: FileLayer, rank: int) -> float:
     scale = layer.alpha_over_rank(rank)
     if scale is None:
         return 1.0
-    if not math.isfinite(scale):
-        found = f'at "{layer.target.name}": its alpha is {scale * rank}, which is not finite'
-        raise LoraFormatError(f"{found}. Train it again, or save its alpha in float32.")
+    _expect_finite(layer, scale * rank)
     return scale
+
+
+def _expect_finite(layer: FileLayer, alpha: float) -> None:
+    if not math.isfinite(alpha):
+        raise LoraFormatError(
+            f'at "{layer.target.name}": its alpha is {alpha}, which is not finite. '
+            "Train it again, or save its alpha in float32."
+        )
 
 
 # A builder for each kind
@@ -160,9 +166,7 @@ def _constraint(layer: FileLayer, rows: int) -> float:
     """The greatest norm of the blocks: in OFT, alpha is that limit for each row."""
     alpha = layer.parts.get("alpha")
     value = 0.0 if alpha is None else float(alpha.double().reshape(-1)[0])
-    if not math.isfinite(value):
-        found = f'at "{layer.target.name}": its alpha is {value}, which is not finite'
-        raise LoraFormatError(f"{found}. Train it again, or save its alpha in float32.")
+    _expect_finite(layer, value)
     return value * rows
 
 

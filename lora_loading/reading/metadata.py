@@ -41,6 +41,8 @@ class PeftSettings:
     use_rslora: bool = False
     neumann_terms: int | None = NEUMANN_TERMS
     """OFT: how many terms of the series replace the exact rotation, None for the exact one."""
+    given: bool = False
+    """Whether a configuration was there to read."""
 
     def scale(self, names: tuple[str, ...], rank: int) -> float | None:
         """alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA; None where nothing is said.
@@ -78,14 +80,17 @@ def peft_config(config: Mapping[str, Any]) -> PeftSettings:
         if (number := _number(value)) is not None
     ]
     if len(alphas) > MAX_PATTERNS:
-        found = f"its alpha_pattern has {len(alphas)} entries, more than {MAX_PATTERNS}"
-        raise LoraFormatError(f"{found}. Save it with an alpha tensor for each layer.")
+        raise LoraFormatError(
+            f"its alpha_pattern has {len(alphas)} entries, more than {MAX_PATTERNS}. "
+            "Save it with an alpha tensor for each layer."
+        )
     terms = _number(config.get("num_cayley_neumann_terms"))
     return PeftSettings(
         lora_alpha=_number(config.get("lora_alpha", config.get("alpha"))),
         alpha_pattern=tuple((_pattern(expression), alpha) for expression, alpha in alphas),
         use_rslora=config.get("use_rslora") is True,
         neumann_terms=None if config.get("use_cayley_neumann") is False else min(int(terms or NEUMANN_TERMS), 64),
+        given=bool(config),
     )
 
 
@@ -93,8 +98,10 @@ def _pattern(expression: str) -> Pattern:
     try:
         return Pattern(expression)
     except PatternError as error:
-        found = f'its alpha_pattern has "{expression[:80]}", which cannot be read: {error}'
-        raise LoraFormatError(f"{found}. Save it with an alpha tensor for each layer.") from error
+        raise LoraFormatError(
+            f'its alpha_pattern has "{expression[:80]}", which cannot be read: {error}. '
+            "Save it with an alpha tensor for each layer."
+        ) from error
 
 
 def base_model(metadata: Mapping[str, str]) -> str:

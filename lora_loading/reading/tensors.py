@@ -95,16 +95,17 @@ def _check_type(name: str, dtype: str) -> None:
     kept = DTYPES.get(dtype)
     used = kept is not None and CONVERTED.get(kept, kept) in USED
     if not used and not (_is_alpha(name) and kept is not None and not kept.is_complex):
-        found = f'"{name[:120]}" is of type {str(kept or dtype).removeprefix("torch.")}'
-        raise LoraFormatError(f"{found}. Save it in bf16 or float32.")
+        found = str(kept or dtype).removeprefix("torch.")
+        raise LoraFormatError(f'"{name[:120]}" is of type {found}. Save it in bf16 or float32.')
 
 
 def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
     """Refuse numbers that are not finite; alphas are checked where they are used."""
     for name, tensor in tensors.items():
         if tensor.numel() and not _is_alpha(name) and not _is_finite(tensor):
-            found = f'"{name[:120]}" holds numbers that are not finite'
-            raise LoraFormatError(f"{found}. Train it again, or use another checkpoint of it.")
+            raise LoraFormatError(
+                f'"{name[:120]}" holds numbers that are not finite. Train it again, or use another checkpoint of it.'
+            )
 
 
 def _is_finite(tensor: Tensor) -> bool:
