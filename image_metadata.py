@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape, unescape
 
@@ -32,7 +32,13 @@ _PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 _SETTINGS = re.compile(r"<flux:settings>(.*?)</flux:settings>", re.DOTALL)
 
 
-def xmp_packet(contents: str, request: GenerationRequest, index: int, digests: Sequence[str]) -> bytes | None:
+def xmp_packet(
+    contents: str,
+    request: GenerationRequest,
+    index: int,
+    digests: Sequence[str],
+    base_lora: Mapping[str, str | float] | None = None,
+) -> bytes | None:
     """Return the XMP packet of one image; None with the contents "off".
 
     Args:
@@ -40,6 +46,7 @@ def xmp_packet(contents: str, request: GenerationRequest, index: int, digests: S
         request: what the image was made from.
         index: which of the request's images it is, counted from 0.
         digests: sha256 of each of the request's LoRA files, in order.
+        base_lora: reference, scale and sha256 of the operator's base LoRA.
     """
     if contents == "off":
         return None
@@ -47,6 +54,8 @@ def xmp_packet(contents: str, request: GenerationRequest, index: int, digests: S
     settings = ""
     if contents != "mark":
         values = settings_of(request, index, digests)
+        if base_lora is not None:
+            values["base_lora"] = dict(base_lora)
         if contents == "prompt":
             values["prompt"] = request.prompt
         settings = f"\n<flux:settings>{escape(json.dumps(values, ensure_ascii=False))}</flux:settings>"

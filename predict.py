@@ -63,6 +63,7 @@ class Predictor(BasePredictor):
         from fetching.hub import Hub
         from fetching.hub_cache import HubCache
         from fetching.network import Client
+        from lora_loading.base_lora import load_base_lora
         from lora_loading.finding.store import open_store
         from lora_loading.reading.adapter_cache import AdapterCache
         from safety.load import choose_checker, load_checker
@@ -88,6 +89,8 @@ class Predictor(BasePredictor):
         profiles = model_profiles(profile, settings)
         profiles = fetch_profiles(profiles, models)
         self.engine = start_engine(profiles, settings, device)
+        shapes = {name: self.engine.shapes(name) for name in self.engine.models}
+        self.base_lora = load_base_lora(self.loras, shapes)
         self.outputs = OutputFolder()
         logger.info("ready in %.1f s", time.monotonic() - started)
 
@@ -244,7 +247,7 @@ class Predictor(BasePredictor):
             folder = self.outputs.fresh()
             gate = Gate(self.checker)
             with ThreadPoolExecutor(max_workers=1) as encoder:  # an image is encoded while the next one is made
-                images = self.engine.generate(request, stack)
+                images = self.engine.generate(request, stack, self._base(request.model))
                 passing = enumerate(images) if disable_safety_checker else gate.passing(images)
                 written = [
                     encoder.submit(write, folder, index, output, request, self._xmp(request, index, stack))
@@ -289,8 +292,13 @@ class Predictor(BasePredictor):
             self.record_metric("loras", facts)
         return stack
 
+    def _base(self, model: str) -> "List[Tuple[LoraAdapter, float]]":
+        """The operator's base LoRA and its scale, if there is one."""
+        return [] if self.base_lora is None else [(self.base_lora.adapters[model], self.base_lora.scale)]
+
     def _xmp(self, request: GenerationRequest, index: int, stack: "List[Tuple[LoraAdapter, float]]") -> Optional[bytes]:
-        return xmp_packet(self.metadata, request, index, [adapter.digest for adapter, _ in stack])
+        base = None if self.base_lora is None else self.base_lora.facts
+        return xmp_packet(self.metadata, request, index, [adapter.digest for adapter, _ in stack], base)
 
     def _report(self, gate: Gate) -> None:
         if gate.checked:

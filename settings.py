@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ METADATA = ("off", "mark", "settings", "prompt")
 COMPILE = ("auto", "on", "off")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 GIGABYTE = 10**9
+
+_SCALE = re.compile(r"-?(10|\d(\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Settings:
     """Size limit of a LoRA file."""
     default_lora: str | None = None
     """The LoRA of requests without `replicate_weights`."""
+    base_lora: tuple[str, float] | None = None
+    """A LoRA that is part of every image, and its scale, which `go_fast_lora_gain` does not change."""
     go_fast_lora_gain: float = 1.5
     """The factor on LoRA scales under go_fast."""
     compile: str = "auto"
@@ -78,6 +83,7 @@ class Settings:
             cache_max_bytes=_gigabytes(environ, "FLUX_CACHE_MAX_GB", 0) or None,
             max_download_bytes=_gigabytes(environ, "FLUX_MAX_DOWNLOAD_GB", cls.max_download_bytes),
             default_lora=_optional(environ, "FLUX_DEFAULT_LORA"),
+            base_lora=_with_scale(environ, "FLUX_BASE_LORA"),
             go_fast_lora_gain=_gain(environ, "FLUX_GO_FAST_LORA_GAIN", cls.go_fast_lora_gain),
             compile=_choice(environ, "FLUX_COMPILE", COMPILE, cls.compile),
             safety=environ.get("FLUX_SAFETY", cls.safety),
@@ -131,6 +137,18 @@ def _gigabytes(environ: Mapping[str, str], name: str, default_bytes: int) -> int
 def _gain(environ: Mapping[str, str], name: str, default: float) -> float:
     value = _number(environ, name, 10, "a factor from 0 to 10, such as 1.5")
     return default if value is None else value
+
+
+def _with_scale(environ: Mapping[str, str], name: str) -> tuple[str, float] | None:
+    """A LoRA reference and the scale behind it, 1 where there is none."""
+    text = _optional(environ, name)
+    if text is None:
+        return None
+    reference, *scale = text.split()
+    if len(scale) > 1 or (scale and not _SCALE.fullmatch(scale[0])):
+        wanted = "a LoRA reference, and perhaps a scale from -10 to 10 behind a blank, such as owner/name 0.125"
+        raise SettingsError(f'{name} has "{" ".join(scale)}" behind the reference. Set it to {wanted}.')
+    return reference, float(scale[0]) if scale else 1.0
 
 
 def _number(environ: Mapping[str, str], name: str, below: float, wanted: str) -> float | None:

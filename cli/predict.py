@@ -25,7 +25,7 @@ from cli.schema import predictor_schemas
 from errors import InputError, PredictionError, SettingsError
 from image_metadata import VERSION, needs_image, read_settings
 from images import xmp_of
-from lora_loading.finding.store import default_lora
+from lora_loading.finding.store import base_lora, default_lora
 from request import build_request
 from settings import Settings
 
@@ -203,7 +203,8 @@ def run(pairs: list[tuple[str, str]], output: Path, settings: Settings) -> list[
 
 
 def check_request(inputs: Mapping[str, Any], settings: Settings) -> None:
-    """Raise what `predict()` would raise for these inputs before it generates."""
+    """Raise what `setup()` and `predict()` would raise for these inputs and settings before anything is generated."""
+    base_lora(settings)
     for name, _ in LORA_INPUTS:
         refuse_local_path(name, inputs[name])
     names = [name for name in inspect.signature(build_request).parameters if name in inputs]

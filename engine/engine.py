@@ -57,6 +57,11 @@ class Engine:
         self._layout = layout
         self._prompts: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models."""
+        return tuple(self.exact.models)
+
     def shapes(self, model: str) -> ModelShapes:
         """The layer shapes that an adapter for this model must fit, for `read_adapter`."""
         return self.exact.adapters[model].shapes
@@ -74,13 +79,14 @@ class Engine:
         if total != 8:
             raise ModelError(f"The device {self._device} computes wrongly. Restart the server.")
 
-    def generate(self, request: GenerationRequest, stack: Stack = ()) -> Iterator[Image.Image]:
+    def generate(self, request: GenerationRequest, stack: Stack = (), base: Stack = ()) -> Iterator[Image.Image]:
         """Yield `request.num_outputs` RGB images of `request.size`, in order.
 
         Args:
             request: a complete request.
             stack: the request's adapters, read for `shapes(request.model)`, with their scales; go_fast's gain is
                 applied here.
+            base: the operator's adapters, likewise, which the gain does not change.
 
         Raises:
             ModelError: the result has values that are not finite, or the device ran out of memory twice.
@@ -92,7 +98,7 @@ class Engine:
         model = precision.models[request.model]
         pipeline = model.pipelines[request.mode]
         gain = precision.lora_gain if request.go_fast else 1.0
-        stack = [(adapter, scale * gain) for adapter, scale in stack]
+        stack = [*base, *((adapter, scale * gain) for adapter, scale in stack)]
         prompt_embeds, pooled = retry_on_oom(lambda: self._prepared(precision, model, stack, request), request.size)
         with self._on_device(precision, pipeline.transformer):
             for index in range(request.num_outputs):

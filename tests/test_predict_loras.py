@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import DownloadError, LoraAccessError, LoraFormatError
+from errors import DownloadError, LoraAccessError, LoraFormatError, SettingsError
+from image_metadata import read_settings
+from images import xmp_of
 from predict import Predictor
 from tests.conftest import QUICK, predict_arguments
 from tests.paths import LORAS
@@ -133,3 +135,45 @@ def test_a_bad_lora_says_why_and_leaves_no_trace(
     assert "bad.safetensors" in str(caught.value)
     assert weights_digest(predictor) == before
     assert predict(predictor, replicate_weights=addresses["style"]) == golden
+
+
+@pytest.fixture
+def set_up(
+    lora_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[dict[str, str]], Predictor]:
+    """Sets up a predictor with settings of its own."""
+
+    def set_up(settings: dict[str, str]) -> Predictor:
+        own = {"FLUX_CACHE_DIR": str(tmp_path), "FLUX_CACHE_MIN_FREE_GB": "0"}
+        for name, value in {**own, "FLUX_TRUSTED_HOSTS": lora_storage.authority, **settings}.items():
+            monkeypatch.setenv(name, value)
+        predictor = Predictor()
+        predictor.setup()
+        return predictor
+
+    return set_up
+
+
+def test_the_base_lora_is_part_of_every_image_and_exempt_from_the_gain(
+    predictor: Predictor, addresses: dict[str, str], set_up: Callable[[dict[str, str]], Predictor]
+) -> None:
+    style, subject = addresses["style"], addresses["object"]
+    based = set_up({"FLUX_BASE_LORA": f"{style} 0.75"})
+    assert predict(based) == predict(predictor, replicate_weights=style, lora_scale=0.75)
+    both = {"replicate_weights": subject, "extra_lora": style, "extra_lora_scale": 0.75}
+    assert predict(based, replicate_weights=subject) == predict(predictor, **both)
+    fast = {"go_fast": True, "aspect_ratio": "1:1", "megapixels": "0.25"}
+    assert predict(based, **fast) == predict(predictor, **fast, replicate_weights=style, lora_scale=0.5)
+    (file,) = based.predict(**predict_arguments(**QUICK))
+    settings = read_settings(xmp_of(Path(file)) or "") or {}
+    assert settings["base_lora"]["scale"] == 0.75
+    assert settings["base_lora"]["sha256"] == hashlib.sha256(STYLE).hexdigest()
+
+
+def test_a_base_lora_that_cannot_be_had_ends_the_setup(
+    addresses: dict[str, str], set_up: Callable[[dict[str, str]], Predictor]
+) -> None:
+    with pytest.raises(SettingsError, match="FLUX_BASE_LORA: Cannot read LoRA"):
+        set_up({"FLUX_BASE_LORA": "./lora"})
+    with pytest.raises(SettingsError, match=r"FLUX_BASE_LORA: .*has no such thing"):
+        set_up({"FLUX_BASE_LORA": addresses["style"].replace("style", "nothing")})

@@ -52,6 +52,20 @@ def test_a_port_that_is_none_names_the_variable(text: str) -> None:
         Settings.from_env({"FLUX_METRICS_PORT": text})
 
 
+@pytest.mark.parametrize(
+    ("text", "lora"),
+    [("a/b", ("a/b", 1.0)), (" a/b  0.125 ", ("a/b", 0.125)), ("a/b -10", ("a/b", -10.0)), (" ", None)],
+)
+def test_a_base_lora_has_a_scale_behind_it(text: str, lora: tuple[str, float] | None) -> None:
+    assert Settings.from_env({"FLUX_BASE_LORA": text}).base_lora == lora
+
+
+@pytest.mark.parametrize("text", ["a/b 11", "a/b strong", "a/b nan", "a/b 1 2"])
+def test_a_base_lora_with_another_scale_names_the_variable(text: str) -> None:
+    with pytest.raises(SettingsError, match="FLUX_BASE_LORA has"):
+        Settings.from_env({"FLUX_BASE_LORA": text})
+
+
 def test_the_full_profile_takes_its_sources_from_the_settings() -> None:
     settings = Settings.from_env({"FLUX_PROFILE": "full", "FLUX_DEV": "/models/dev", "FLUX_SCHNELL": "/models/schnell"})
     dev, schnell = model_profiles("full", settings)

@@ -23,6 +23,7 @@ ROOMS = (
     "lora_loading.finding",
     "lora_loading.reading",
     "lora_loading.applying",
+    "lora_loading.base_lora",
     "request",
     "image_metadata",
     "safety",

@@ -28,13 +28,15 @@ class Operator:
 
     tokens: Tokens
     default_lora: LoraReference | None = None
-    """Their own: fetched with their tokens."""
+    base_lora: tuple[LoraReference, float] | None = None
+    """Reference and scale. This one and the default one are fetched with the operator's tokens."""
     shares: bool = False
     """Whether callers' LoRAs are fetched with them too, where the caller gives none."""
 
     def tokens_for(self, reference: LoraReference, given: Tokens) -> Tokens:
         """The tokens that a LoRA of this caller is fetched with."""
-        if not self.shares and reference != self.default_lora:
+        own = {self.default_lora, self.base_lora and self.base_lora[0]}
+        if not self.shares and reference not in own:
             return given
         return Tokens(
             given.hugging_face or self.tokens.hugging_face,
@@ -55,6 +57,11 @@ class LoraStore:
     def default_lora(self) -> LoraReference | None:
         """Used where a request names no main LoRA."""
         return self._operator.default_lora
+
+    @property
+    def base_lora(self) -> tuple[LoraReference, float] | None:
+        """Part of every image: reference and scale."""
+        return self._operator.base_lora
 
     @contextmanager
     def open(self, reference: LoraReference, tokens: Tokens) -> Iterator[CachedFile]:
@@ -95,7 +102,7 @@ def open_store(settings: Settings) -> LoraStore:
     """The store that the settings describe.
 
     Raises:
-        SettingsError: the cache folder cannot be used, or the default LoRA is in no form that we know.
+        SettingsError: the cache folder cannot be used, or one of the operator's LoRAs is in no known form.
     """
     client = Client(settings.trusted_hosts)
     limits, quota = (
@@ -108,7 +115,7 @@ def open_store(settings: Settings) -> LoraStore:
         found = f"FLUX_CACHE_DIR is {settings.cache_dir}, which cannot be used: {error.strerror}"
         raise SettingsError(f"{found}. Set it to another folder, or to a new one below it.") from error
     tokens = Tokens(settings.hugging_face_token, settings.civitai_token, settings.replicate_token)
-    operator = Operator(tokens, default_lora(settings), settings.share_operator_tokens)
+    operator = Operator(tokens, default_lora(settings), base_lora(settings), settings.share_operator_tokens)
     return LoraStore(cache, Resolver(client, _endpoints(settings)), operator)
 
 
@@ -128,7 +135,24 @@ def default_lora(settings: Settings) -> LoraReference | None:
     Raises:
         SettingsError: FLUX_DEFAULT_LORA is in no known form.
     """
+    lora = settings.default_lora
+    return None if lora is None else _parsed("FLUX_DEFAULT_LORA:", lora, settings)
+
+
+def base_lora(settings: Settings) -> tuple[LoraReference, float] | None:
+    """The LoRA that is part of every image, and its scale.
+
+    Raises:
+        SettingsError: FLUX_BASE_LORA is in no known form.
+    """
+    if settings.base_lora is None:
+        return None
+    text, scale = settings.base_lora
+    return _parsed("FLUX_BASE_LORA:", text, settings), scale
+
+
+def _parsed(setting: str, text: str, settings: Settings) -> LoraReference:
     try:
-        return None if settings.default_lora is None else parse(settings.default_lora, settings.trusted_hosts)
+        return parse(text, settings.trusted_hosts)
     except LoraReferenceError as error:
-        raise SettingsError(f"FLUX_DEFAULT_LORA: {error}") from error
+        raise SettingsError(f"{setting} {error}") from error
