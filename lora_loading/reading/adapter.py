@@ -21,7 +21,8 @@ from lora_loading.reading.formats.embeddings import read_embedding_key
 from lora_loading.reading.header import Header, holds_only_zeros, read_header
 from lora_loading.reading.keys import SortedFile, sort_file
 from lora_loading.reading.layers import FileLayer, LayerUpdate, layer_updates
-from lora_loading.reading.metadata import PeftSettings, peft_settings, trigger_words
+from lora_loading.reading.metadata import PeftSettings, trigger_words
+from lora_loading.reading.scales import layer_names, notes_on_scales, settings_of
 from lora_loading.reading.tensors import load_tensors
 from lora_loading.shapes import COMPONENTS, ModelShapes
 from lora_loading.updates import Dora, LowRank
@@ -136,14 +137,12 @@ def _build(
     digest: str,
     peft: PeftSettings | None,
 ) -> LoraAdapter:
-    settings = {component: peft_settings(header.metadata, component) for component in COMPONENTS}
-    if peft is not None:
-        settings = {component: own if own.given else peft for component, own in settings.items()}
+    settings = settings_of(header.metadata, peft)
     layers = [
         FileLayer(
             layer.target,
             {part: tensors[key] for part, key in layer.keys.items()},
-            (layer.name, layer.target.name),
+            layer_names(layer),
             settings[layer.target.component],
         )
         for layer in file.layers
@@ -153,7 +152,7 @@ def _build(
         (layer.target, [update for change in own for update in layer_updates(layer, change)])
         for layer, own in zip(layers, changes, strict=True)
     )
-    notes = [*file.notes, *_notes_on_scales(layers, file)]
+    notes = [*file.notes, *notes_on_scales(file, settings)]
     if duplicates:
         notes.append(f"{duplicates} layers are in the file under two names, with the same change: used once")
     return LoraAdapter(
@@ -165,24 +164,6 @@ def _build(
         left_out=file.left_out,
         notes=tuple(notes),
     )
-
-
-def _notes_on_scales(layers: list[FileLayer], file: SortedFile) -> list[str]:
-    """What the file leaves open about the strength of its changes."""
-    scaled = [
-        (layer, change.rank)
-        for layer, own in zip(layers, file.layers, strict=True)
-        for change in own.changes
-        if change.rank and change.kind != "bias"
-    ]
-    assumed = sum(layer.alpha_over_rank(rank) is None for layer, rank in scaled)
-    notes = []
-    if assumed:
-        some = "the file has no alpha" if assumed == len(scaled) else f"{assumed} of {len(scaled)} layers have no alpha"
-        notes.append(f"{some}: alpha / rank = 1 is assumed")
-    if any("oft_R" in layer.parts and not layer.settings.given for layer in layers):
-        notes.append("OFT of PEFT without its settings: its default series of 5 terms is assumed")
-    return notes
 
 
 def _embeddings(file: SortedFile, tensors: Mapping[str, Tensor], shapes: ModelShapes) -> tuple[BundledEmbedding, ...]:
