@@ -31,6 +31,8 @@ from settings import Settings
 
 EXAMPLE = 'script/predict -i prompt="a large red circle on a white background"'
 OUTPUT_NAME = re.compile(r"output\.(\d+)\.\w+")
+MAX_PATH = 1024
+"""No longer text is asked about as a path: the system raises for a data URI."""
 INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "      "}
 
 
@@ -221,7 +223,7 @@ def refuse_local_path(name: str, text: str | None) -> None:
     Raises:
         InputError: it is a path.
     """
-    if text and (text.startswith(("/", "./", "../", "~")) or Path(text).is_file()):
+    if text and (text.startswith(("/", "./", "../", "~")) or (len(text) < MAX_PATH and Path(text).is_file())):
         raise InputError(f'{name} is "{text}", a path on this machine. For a file, write -i {name}=@{text}.')
 
 

@@ -60,15 +60,14 @@ def test_a_lora_is_described() -> None:
 
 
 def test_no_torch_is_needed_and_it_takes_less_than_a_second() -> None:
-    """Best of three: other work shares this machine's processors."""
+    """Of processor time, since other work shares this machine; imports included."""
     code = (
-        "import sys, time; started = time.perf_counter(); from cli.lora import main; "
+        "import sys, time; started = time.process_time(); from cli.lora import main; "
         f"assert main([{str(LORAS / 'tok-style.safetensors')!r}]) == 0; assert 'torch' not in sys.modules; "
-        "print(time.perf_counter() - started)"
+        "print(time.process_time() - started)"
     )
-    command = [sys.executable, "-c", code]
-    runs = [subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout.splitlines()[-1]) for run in runs) < 1
+    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert float(run.stdout.splitlines()[-1]) < 1
 
 
 def kinds(shapes: ModelShapes) -> dict[str, Tensors]:
