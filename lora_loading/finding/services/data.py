@@ -19,6 +19,8 @@ from lora_loading.finding.services.service import LoraReference, Network, Servic
 from weights import Container, Source
 
 MAX_BYTES = 256 * 2**20
+LONGEST_BASE64, LONGEST_ESCAPED = 1.5, 3.0
+"""Characters for a byte of content: 4/3 with line breaks and some spare, or three as in %41."""
 
 _SCHEME = "data:"
 
@@ -71,9 +73,9 @@ def parse(text: str) -> DataReference | None:
     header, comma, payload = text[len(_SCHEME) :].partition(",")
     if not comma:
         refuse("there is no comma between its header and its content")
-    if len(payload) > 4 * MAX_BYTES:
-        _refuse_size()
     is_base64 = header.lower().replace(" ", "").endswith(";base64")
+    if len(payload) > MAX_BYTES * (LONGEST_BASE64 if is_base64 else LONGEST_ESCAPED):  # before it is decoded
+        _refuse_size()
     content = _from_base64(payload) if is_base64 else _from_escapes(payload)
     if len(content) > MAX_BYTES:
         _refuse_size()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from errors import LoraReferenceError
 from lora_loading.finding.reference import FORMS, MAX_TEXT, parse, shown
+from lora_loading.finding.services import data
 from lora_loading.finding.services.civitai import CivitaiReference
 from lora_loading.finding.services.data import DataReference
 from lora_loading.finding.services.hugging_face import HuggingFaceReference
@@ -388,3 +389,11 @@ def test_any_data_survives_its_canonical_form(content: bytes, is_tar: bool) -> N
     content = content.ljust(257, b"\0")[:257] + b"ustar" if is_tar else bytes(8) + b"{" + content
     reference = parse(data_uri(content))
     assert parse(str(reference)) == reference
+
+
+@pytest.mark.parametrize(("head", "length"), [("data:;base64,", 1501), ("data:,", 3001)])
+def test_data_too_long_is_refused_before_it_is_decoded(head: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a smaller limit than the real one, since texts of half a gigabyte would take their time."""
+    monkeypatch.setattr(data, "MAX_BYTES", 1000)
+    with pytest.raises(LoraReferenceError, match="its content is larger than"):
+        parse(head + "!" * length)
