@@ -33,6 +33,8 @@ from fetching.deadline import SLICE_SECONDS
 from fetching.files import digest_of_file, free_bytes_of, megabytes, private_folder, write_atomically
 
 logger = logging.getLogger(__name__)
+MAX_LINES = 20_000
+"""Lines of the index. Each address that a caller makes up gets one, if only its query differs."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ class Store:
         quota: DiskQuota,
         now: Callable[[], float] = time.time,
         free_bytes: Callable[[Path], int] = free_bytes_of,
+        max_lines: int = MAX_LINES,
     ) -> None:
-        """Create the folder if there is none.
+        """Create the folder if there is none. Of the index, at most about `max_lines` are kept.
 
         Raises:
             SharedFolderError: other users can write to it.
@@ -104,6 +107,8 @@ class Store:
         self._quota = quota
         self._now = now
         self._free_bytes = free_bytes
+        self._max_lines = max_lines
+        self._written = 0
         self._blobs, self._stamps, self._index, self._locks, self._partial = (
             folder / name for name in ("blobs", "stamps", "index", "locks", "partial")
         )
@@ -120,10 +125,19 @@ class Store:
         for stamp in self._stamps.iterdir():
             if stamp.name not in stored and not stamp.name.startswith("."):  # one that is being written
                 stamp.unlink(missing_ok=True)
+        self._sweep_index(stored)
+
+    def _sweep_index(self, stored: Set[str]) -> None:
+        """Remove the lines of files that are gone, and where too many are left the oldest ones."""
+        ages: list[tuple[float, Path]] = []
         for line in self._index.iterdir():
             entry = read_entry(line)
             if entry is None or entry.sha256 not in stored:
                 line.unlink(missing_ok=True)
+            else:
+                ages.append((entry.checked, line))
+        for _, line in sorted(ages)[: max(0, len(ages) - self._max_lines)]:
+            line.unlink(missing_ok=True)
 
     # The index
 
@@ -191,6 +205,10 @@ class Store:
             file.write(json.dumps(asdict(entry)).encode())
             file.flush()
             path.replace(line)
+        self._written += 1
+        seldom = self._written % max(1, self._max_lines // 40) == 0
+        if seldom and sum(1 for _ in self._index.iterdir()) > self._max_lines:
+            self._sweep_index({blob.stem for blob in self._blobs.iterdir()})
 
     # New files
 

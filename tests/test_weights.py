@@ -24,7 +24,7 @@ from errors import DiskError, DownloadError, HttpStatusError, LoraFormatError
 from fetching.download import Limits
 from fetching.files import SharedFolderError
 from fetching.network import Client
-from fetching.store import DiskQuota, StoredFile, plan_eviction
+from fetching.store import DiskQuota, Entry, Store, StoredFile, plan_eviction
 from tests.fetching.test_containers import BAD_TARS, tar_of
 from tests.paths import PROJECT
 from tests.services import HTML_WITH_200, Reply, Storage
@@ -516,6 +516,19 @@ def test_a_length_that_a_host_makes_up_evicts_nothing(storage: Storage, tmp_path
     with pytest.raises(DownloadError, match="at most"):
         get(cache, Source("y", address))
     assert len(blobs(tmp_path)) == 1
+
+
+def test_addresses_that_callers_make_up_do_not_fill_the_index(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache", DiskQuota(0), max_lines=10)
+    blob = store.blob("a" * 64)
+    blob.touch()
+    lines = [store.index_path(f"https://e.com/x?{number}", "") for number in range(60)]
+    for number, line in enumerate(lines):
+        sha256 = ("a" if number % 3 else "b") * 64  # the content of every third is gone
+        store.write_entry(line, Entry(sha256, 0, None, None, False, float(number)))
+    left = set((tmp_path / "cache" / "index").iterdir())
+    assert len(left) <= 10
+    assert left <= set(lines[-20:])
 
 
 # Speed
