@@ -260,6 +260,13 @@ def test_the_workflow_runs_script_test_and_fits_its_schema() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_the_weekly_audit_fits_its_schema() -> None:
+    file = PROJECT / ".github" / "workflows" / "audit.yml"
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(file)]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_checks_before_a_commit_use_the_pinned_ruff() -> None:
     configured = yaml.safe_load((PROJECT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repo in configured["repos"] for hook in repo["hooks"]]

@@ -26,7 +26,7 @@ from cli.serve import start_server, stop_server, wait_until_ready
 from tests.cli.test_serve import Client, free_port
 from tests.conftest import QUICK
 from tests.faults import FAULT_FILE, HANG, MARK, NOT_FINITE, RAISED, STAGES, WITH_NUMBERS
-from tests.paths import DATA
+from tests.paths import DATA, PROJECT
 from tests.services import Reply, Storage, StoredFile
 
 LORA = load((DATA / "loras" / "tok-style.safetensors").read_bytes())
@@ -277,3 +277,11 @@ def test_the_temporary_folder_is_the_servers_own(victim: Victim) -> None:
     """So that the tests above look where the server writes."""
     assert tempfile.gettempdir() != str(victim.folder / "tmp")
     assert victim.client.predict()["status"] == "succeeded"
+
+
+def test_the_table_of_faults_names_each_of_them_and_every_stage() -> None:
+    text = (PROJECT / "docs" / "robustness.md").read_text()
+    table = text.partition("## Injected faults")[2].partition("## ")[0]
+    head, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert [stage for stage in STAGES if stage not in head] == []
+    assert [fault for fault in [*RAISED, NOT_FINITE] if not any(f"`{fault}`" in row for row in rows)] == []
