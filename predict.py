@@ -282,7 +282,8 @@ class Predictor(BasePredictor):
         for reference, scale in request.loras:
             with self.loras.open(reference, tokens) as file:
                 started = time.monotonic()
-                adapter = self.adapters.get(file.path, shapes, file.sha256, reference.label)
+                config = file.fact("adapter_config.json")
+                adapter = self.adapters.get(file.path, shapes, file.sha256, reference.label, config)
             event = Event("read_lora", time.monotonic() - started, file.size_bytes)
             found = f"scale {scale:g}, {adapter.summary}, read in {event.seconds:.2f} s"
             log_stage(logger, event, f"LoRA {reference.label}: {found}")
@@ -410,7 +411,7 @@ def lora_facts(adapter: "LoraAdapter", file: "CachedFile") -> Dict[str, Any]:
         "rank": max(adapter.ranks),
         "layers": sum(adapter.count(component) for component in adapter.components),
         "megabytes": round(file.size_bytes / 1e6, 1),
-        "trigger_words": ", ".join([*adapter.trigger_words, *(words for _, words in file.facts)]),
+        "trigger_words": ", ".join([*adapter.trigger_words, *filter(None, [file.fact("trigger words")])]),
         "cache": file.outcome,
         "seconds": round(file.seconds, 3),
     }

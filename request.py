@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from errors import InputError
+from errors import InputError, LoraReferenceError
 from images import open_image, open_mask
 from lora_loading.finding.reference import parse
 from lora_loading.finding.services.service import LoraReference
@@ -20,6 +20,8 @@ MAX_PROMPT = 20_000
 gigabyte, and cannot be cancelled."""
 MAX_SIDE = 1440
 MULTIPLE = 16
+MAX_EXTRA_LORAS = 4
+LEAST_LORA_SCALE, MOST_LORA_SCALE = -1, 3
 SEED_RANGE = 2**64
 """Seeds are taken modulo this: what the random generators accept."""
 
@@ -141,15 +143,17 @@ def build_request(
     """Decide everything about one prediction; opens the image and the mask.
 
     Whole numbers may come as floats, as JSON has no other kind. `default_lora` takes the place of a
-    `replicate_weights` that is not given; addresses of `plain_http_hosts` may be plain http.
+    `replicate_weights` that is not given; addresses of `plain_http_hosts` may be plain http. `extra_lora` holds up to
+    four references, one a line, each with an optional scale behind a blank, by which `extra_lora_scale` is multiplied.
 
     Raises:
-        InputError: inputs contradict each other, the prompt is too long, or an image cannot be read.
+        InputError: inputs contradict each other, the prompt is too long, an image cannot be read, or `extra_lora` has
+            too many lines or a scale out of range.
         LoraReferenceError: a LoRA is named in no form that we know.
     """
     _refuse_long_prompt(prompt)
     main = _parsed(replicate_weights, plain_http_hosts) or default_lora
-    extra = _parsed(extra_lora, plain_http_hosts)
+    extra = _extra_loras(extra_lora, extra_lora_scale, plain_http_hosts)
     mode = _mode(image, mask)
     notes: list[str] = []
     opened = open_image(image) if image is not None else None
@@ -179,7 +183,7 @@ def build_request(
         image=None if opened is None else _fitted(opened, size),
         mask=None if opened_mask is None else _fitted(opened_mask, size),
         go_fast=go_fast and not custom,
-        loras=_used((main, lora_scale), (extra, extra_lora_scale)),
+        loras=_used((main, lora_scale), *extra),
         notes=tuple(notes),
     )
 
@@ -225,6 +229,37 @@ def _sides(image: Image.Image) -> str:
 
 def _parsed(text: str | None, plain_http_hosts: frozenset[str]) -> LoraReference | None:
     return None if text is None or not text.strip() else parse(text, plain_http_hosts)
+
+
+def _extra_loras(
+    text: str | None, scale: float, plain_http_hosts: frozenset[str]
+) -> list[tuple[LoraReference | None, float]]:
+    """The LoRAs of `extra_lora` with their scales; an error names the line if there are several."""
+    lines = [(number, line) for number, line in enumerate((text or "").splitlines(), 1) if line.strip()]
+    if len(lines) > MAX_EXTRA_LORAS:
+        raise InputError(f"extra_lora has {len(lines)} lines. Give at most {MAX_EXTRA_LORAS} LoRAs, one a line.")
+    loras: list[tuple[LoraReference | None, float]] = []
+    for number, line in lines:
+        where = f"extra_lora, line {number}" if len(lines) > 1 else "extra_lora"
+        try:
+            name, own_scale = _split_scale(line, where)
+            loras.append((parse(name, plain_http_hosts), own_scale * scale))
+        except LoraReferenceError as error:
+            raise error if len(lines) == 1 else LoraReferenceError(f"{where}: {error}") from error
+    return loras
+
+
+def _split_scale(line: str, where: str) -> tuple[str, float]:
+    """A reference and the scale behind it, 1 if there is none; no reference has a blank before a number."""
+    name, *last = line.strip().rsplit(maxsplit=1)
+    try:
+        scale = float(last[0]) if last else 1.0
+    except ValueError:
+        return line, 1.0
+    if not LEAST_LORA_SCALE <= scale <= MOST_LORA_SCALE:
+        allowed = f"from {LEAST_LORA_SCALE} to {MOST_LORA_SCALE}"
+        raise InputError(f"{where}: the scale is {last[0]}. Give a number {allowed}.")
+    return name, scale
 
 
 def _used(*asked: tuple[LoraReference | None, float]) -> tuple[tuple[LoraReference, float], ...]:

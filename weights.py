@@ -77,6 +77,10 @@ class CachedFile:
     reached)."""
     seconds: float
 
+    def fact(self, name: str) -> str:
+        """What the service says about the file under a name; empty if it says nothing."""
+        return dict(self.facts).get(name, "")
+
 
 class WeightsCache:
     """The files below one folder. Safe to use from several threads and processes."""

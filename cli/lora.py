@@ -13,7 +13,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from cli.lora_report import Cell, Report, as_json, chart, compare, layer_counts, report_on, total_norm, trainer_of
+from cli.lora_report import (
+    ADAPTER_CONFIG,
+    Cell,
+    Report,
+    as_json,
+    chart,
+    compare,
+    layer_counts,
+    report_on,
+    total_norm,
+    trainer_of,
+)
 from errors import InputError, LoraFormatError, PredictionError
 from lora_loading.reading.metadata import base_model, trigger_words
 
@@ -28,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with ExitStack() as held:
-            paths = [held.enter_context(opened(name)) for name in options.lora]
-            named = zip(options.lora, paths, strict=True)
-            reports = [_report(name, path, with_sizes=not options.quick) for name, path in named]
+            files = [held.enter_context(opened(name)) for name in options.lora]
+            named = zip(options.lora, files, strict=True)
+            reports = [_report(name, *file, with_sizes=not options.quick) for name, file in named]
             _print_json(options.lora, reports) if options.json else _print_text(options.lora, reports)
     except PredictionError as error:
         print(f"script/lora: {error}", file=sys.stderr)
@@ -52,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def opened(name: str) -> Iterator[Path]:
-    """The safetensors file that is named, fetched if it is a reference.
+def opened(name: str) -> Iterator[tuple[Path, str]]:
+    """The safetensors file that is named, fetched if it is a reference, and PEFT's configuration that came with it.
 
     Raises:
         InputError: the folder holds no such file, or several.
@@ -62,15 +73,15 @@ def opened(name: str) -> Iterator[Path]:
     """
     path = Path(name)
     if path.is_dir():
-        yield _file_in(path)
+        yield _file_in(path), ""
     elif path.suffix == ".tar" and path.is_file():
         from fetching.containers import copy_only_safetensors
 
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
             copy_only_safetensors(path, copy)  # type: ignore[arg-type] # it has a file number, as the other one
-            yield Path(copy.name)
+            yield Path(copy.name), ""
     elif path.is_file():
-        yield path
+        yield path, ""
     else:
         yield from _fetched(name)
 
@@ -83,7 +94,7 @@ def _file_in(folder: Path) -> Path:
     return (named or files)[0]
 
 
-def _fetched(name: str) -> Iterator[Path]:
+def _fetched(name: str) -> Iterator[tuple[Path, str]]:
     # imported here: the clients of the services take longer than everything else
     from lora_loading.finding.reference import parse
     from lora_loading.finding.store import open_store
@@ -93,12 +104,12 @@ def _fetched(name: str) -> Iterator[Path]:
     settings = Settings.from_env(os.environ)
     tokens = Tokens(settings.hugging_face_token, settings.civitai_token, settings.replicate_token)
     with open_store(settings).open(parse(name, settings.trusted_hosts), tokens) as file:
-        yield file.path
+        yield file.path, file.fact(ADAPTER_CONFIG)
 
 
-def _report(name: str, path: Path, *, with_sizes: bool) -> Report:
+def _report(name: str, path: Path, config: str, *, with_sizes: bool) -> Report:
     try:
-        return report_on(path, with_sizes=with_sizes)
+        return report_on(path, with_sizes=with_sizes, config=config)
     except LoraFormatError as error:
         raise LoraFormatError(f'Cannot read "{name}": {error}') from error
 

@@ -15,7 +15,7 @@ from errors import LoraFormatError
 from lora_loading.known_models import flux_1, tiny
 from lora_loading.reading.header import Header, holds_only_zeros, read_header
 from lora_loading.reading.keys import SortedFile, kind_of, sort_file
-from lora_loading.reading.metadata import PeftSettings, base_model, peft_config, trigger_words
+from lora_loading.reading.metadata import PeftSettings, base_model, config_from, trigger_words
 from lora_loading.reading.norms import LayerSize, Measured
 from lora_loading.reading.scales import Settings, notes_on_scales, settings_of
 from lora_loading.shapes import COMPONENTS, ModelShapes
@@ -90,14 +90,16 @@ class Report:
         return Measured(self.path, self.header, self.file, self.settings)
 
 
-def report_on(path: Path, *, with_sizes: bool = True) -> Report:
+def report_on(path: Path, *, with_sizes: bool = True, config: str = "") -> Report:
     """Read a file's header, try it on the known models, and measure its changes if asked to.
+
+    `config` is PEFT's `adapter_config.json` that belongs to the file; otherwise the one beside it is read.
 
     Raises:
         LoraFormatError: it is not a safetensors file, or its settings cannot be read.
     """
     header = read_header(path)
-    settings = settings_of(header.metadata, settings_beside(path))
+    settings = settings_of(header.metadata, config_from(config) or settings_beside(path))
     tried = [(name, *_tried(path, header, shapes_of(model))) for name, shapes_of, model in MODELS]
     file, shapes = next(((file, shapes) for _, file, shapes, _ in tried if file is not None), (None, tried[0][2]))
     report = Report(
@@ -125,10 +127,9 @@ def settings_beside(path: Path) -> PeftSettings | None:
         LoraFormatError: a pattern of alphas in it cannot be read.
     """
     try:
-        config = json.loads((path.parent / ADAPTER_CONFIG).read_text())
-    except (OSError, ValueError):
+        return config_from((path.parent / ADAPTER_CONFIG).read_text())
+    except (OSError, UnicodeDecodeError):
         return None
-    return peft_config(config) if isinstance(config, dict) else None
 
 
 def _notes_on_numbers(sizes: tuple[LayerSize, ...]) -> list[str]:

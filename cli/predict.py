@@ -161,17 +161,25 @@ def inputs_again(file: Path, given: list[tuple[str, str]]) -> list[tuple[str, st
 def stored_inputs(settings: Mapping[str, Any]) -> dict[str, str]:
     """The inputs in a file's settings, as they are written on the command line."""
     inputs = {name: value for name, value in settings.items() if name not in ("version", "mode", "loras")}
-    for (name, scale), lora in zip(LORA_INPUTS, settings.get("loras", ()), strict=False):
-        inputs[scale] = lora["scale"]
-        if not _is_hidden(lora["reference"]):
-            inputs[name] = lora["reference"]
+    loras: list[Mapping[str, Any]] = settings.get("loras", [])
+    extra = loras[1:]
+    for main in loras[:1]:
+        inputs["lora_scale"] = main["scale"]
+        if not _is_hidden(main["reference"]):
+            inputs["replicate_weights"] = main["reference"]
+    if len(extra) == 1:
+        inputs["extra_lora_scale"] = extra[0]["scale"]
+    if extra and not any(_is_hidden(lora["reference"]) for lora in extra):
+        several = len(extra) > 1
+        lines = (f"{lora['reference']} {lora['scale']}" if several else lora["reference"] for lora in extra)
+        inputs["extra_lora"] = "\n".join(lines)
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in inputs.items()}
 
 
 def _hidden_loras(settings: Mapping[str, Any]) -> list[str]:
     """The inputs of LoRAs whose references are not whole in the file."""
-    loras = zip(LORA_INPUTS, settings.get("loras", ()), strict=False)
-    return [name for (name, _), lora in loras if _is_hidden(lora["reference"])]
+    hidden = [_is_hidden(lora["reference"]) for lora in settings.get("loras", ())]
+    return [name for name, found in (("replicate_weights", hidden[:1]), ("extra_lora", hidden[1:])) if any(found)]
 
 
 def _is_hidden(reference: str) -> bool:

@@ -27,7 +27,7 @@ from engine.fp8 import FP8_MULTIPLE, Scheme, write_fp8
 from lora_loading.applying.embeddings import BundledEmbeddings
 from lora_loading.applying.manager import LayerChanges, Stack, StackKey, changes_by_layer, own_part
 from lora_loading.shapes import TRANSFORMER, adaptable_layers
-from lora_loading.updates import merged
+from lora_loading.updates import Gains, merged
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 NO_CHANGES = LayerChanges()
@@ -82,6 +82,7 @@ class WorkingCopy:
             self.transformers[name] = shell
             self._layers[name] = _pairs(shell, transformer)
         self._state: _State | None = _State(next(iter(pristine)), ())
+        self._gains = {name: Gains() for name in pristine}
 
     def _copied(self, module: nn.Module, *, fp8: bool) -> nn.Module:
         """A copy of a module on the device; with `fp8`, its large linear layers are quantised."""
@@ -120,10 +121,10 @@ class WorkingCopy:
         names = before.touched | changes.keys() if before and before.model == model else layers.keys()
         self._state = None
         for name in names:
-            self._write_layer(layers, name, changes.get(name, NO_CHANGES))
+            self._write_layer(layers, name, changes.get(name, NO_CHANGES), self._gains[model])
         self._state = _State(model, key, frozenset(changes))
 
-    def _write_layer(self, layers: Mapping[str, _Layer], name: str, changes: LayerChanges) -> None:
+    def _write_layer(self, layers: Mapping[str, _Layer], name: str, changes: LayerChanges, gains: Gains) -> None:
         pair = layers[name]
 
         def weight_of(other: str) -> Tensor:
@@ -131,7 +132,7 @@ class WorkingCopy:
 
         weight = pair.weight.to(self._device, non_blocking=True)
         if changes.merging:
-            weight = merged(weight, changes.merging, weight_of)
+            weight = merged(weight, changes.merging, weight_of, gains)
         if pair.fp8:
             write_fp8(pair.layer.weight, weight)
         else:

@@ -18,11 +18,15 @@ echo "{\"input\": {\"prompt\": \"a red circle on a white background\", $quick}}"
 image=$(data_uri "$examples/photo.jpg" image/jpeg)
 mask=$(data_uri "$examples/mask.png" image/png)
 lora=$(data_uri "$examples/../tests/data/loras/tok-style.safetensors" application/octet-stream)
+object=$(data_uri "$examples/../tests/data/loras/tok-object.safetensors" application/octet-stream)
 echo "{\"input\": {\"prompt\": \"a green heart on a white background\", \"image\": \"$image\", $quick}}" | predict | save "$out/image.png"
 echo "{\"input\": {\"prompt\": \"a red square on a white background\", \"image\": \"$image\", \"mask\": \"$mask\", $quick}}" |
     predict | save "$out/mask.png"
 echo "{\"input\": {\"prompt\": \"a red circle on a white background\", \"replicate_weights\": \"$lora\", $quick}}" |
     predict | save "$out/lora.png"
+# Several LoRAs: one a line, each with its scale behind a blank; extra_lora_scale multiplies them.
+echo "{\"input\": {\"prompt\": \"a red circle on a white background\", \"extra_lora\": \"$lora 0.5\\n$object 0.5\", $quick}}" |
+    predict | save "$out/loras.png"
 
 # In the background: PUT with a name of our own and Prefer: respond-async answers 202 at once. Without a webhook the result
 # is not kept, so this one is cancelled.

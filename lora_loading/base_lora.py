@@ -48,7 +48,13 @@ def load_base_lora(store: LoraStore, shapes: Mapping[str, ModelShapes]) -> BaseL
     try:
         with store.open(reference, Tokens()) as file:
             adapters = {
-                model: read_adapter(file.path, needed, label=reference.label, digest=file.sha256)
+                model: read_adapter(
+                    file.path,
+                    needed,
+                    label=reference.label,
+                    digest=file.sha256,
+                    config=file.fact("adapter_config.json"),
+                )
                 for model, needed in shapes.items()
             }
     except PredictionError as error:

@@ -82,6 +82,13 @@ def test_main_and_extra_are_alike_and_scales_of_the_same_lora_add(
     assert predict(predictor, **{**twice, "extra_lora_scale": -0.5}) == predict(predictor)
 
 
+def test_several_extra_loras_act_as_one_after_another(predictor: Predictor, addresses: dict[str, str]) -> None:
+    style, thing = addresses["style"], addresses["object"]
+    both = predict(predictor, replicate_weights=style, lora_scale=0.5, extra_lora=thing, extra_lora_scale=0.25)
+    lines = f"{style} 1\n{thing} 0.5"
+    assert predict(predictor, extra_lora=lines, extra_lora_scale=0.5) == both
+
+
 @pytest.mark.parametrize("model", ["dev", "schnell"])
 def test_a_data_uri_is_a_lora_like_any_other(predictor: Predictor, addresses: dict[str, str], model: str) -> None:
     uri = "data:application/octet-stream;base64," + base64.b64encode(STYLE).decode()

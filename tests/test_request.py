@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,20 @@ def test_seeds_beyond_64_bits_are_taken_modulo() -> None:
         ),
         ({"replicate_weights": "a/b", "extra_lora": "a/b"}, [("replicate.com/a/b", 1.0)] * 2),
         ({"replicate_weights": "a/b", "lora_scale": 0, "extra_lora": "c/d"}, [("replicate.com/c/d", 1.0)]),
+        ({"extra_lora": "c/d 0.25", "extra_lora_scale": 2}, [("replicate.com/c/d", 0.5)]),
+        (
+            {
+                "replicate_weights": "a/b",
+                "extra_lora": "c/d 0.5\r\n\n  hf.co/e/f\t-1 \ng/h 0\ni/j",
+                "extra_lora_scale": 2,
+            },
+            [
+                ("replicate.com/a/b", 1.0),
+                ("replicate.com/c/d", 1.0),
+                ("huggingface.co/e/f", -2.0),
+                ("replicate.com/i/j", 2.0),
+            ],
+        ),
     ],
 )
 def test_loras_come_with_their_own_strengths(given: dict[str, Any], loras: list[tuple[str, float]]) -> None:
@@ -181,6 +196,20 @@ def test_the_operators_lora_takes_the_place_of_the_main_one_alone() -> None:
 def test_a_lora_of_no_known_form_is_refused_before_any_work(name: str) -> None:
     with pytest.raises(LoraReferenceError, match='Cannot read LoRA "not a lora"'):
         request_of(**{name: "not a lora"})
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("a/b\nnot a lora\nc/d", LoraReferenceError, 'extra_lora, line 2: Cannot read LoRA "not a lora"'),
+        ("a/b\n\nc/d 7", InputError, "extra_lora, line 3: the scale is 7. Give a number from -1 to 3."),
+        ("a/b nan", InputError, "extra_lora: the scale is nan."),
+        ("a/b\nc/d\ne/f\ng/h\ni/j", InputError, "extra_lora has 5 lines. Give at most 4 LoRAs, one a line."),
+    ],
+)
+def test_a_bad_line_of_extra_lora_is_named(text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        request_of(extra_lora=text)
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "mask"])

@@ -1,6 +1,6 @@
 """Trigger words with vectors of their own, which an adapter brings along (textual inversion, pivotal tuning).
 
-At load, 128 reserved tokens (`<lora-word-N>`) are added to each tokenizer. While an adapter with such words is active,
+At load, reserved tokens (`<lora-word-N>`) are added to each tokenizer. While an adapter with such words is active,
 the text encoder's embedding table is replaced by a longer one that holds their vectors, and `expand` replaces the words
 in the prompt by reserved tokens. A request changes neither the tokenizer nor the original table.
 """
@@ -16,10 +16,10 @@ from tokenizers import AddedToken
 from torch import nn
 
 from lora_loading.applying.slots import copy_with, slot_of
-from lora_loading.reading.adapter import BundledEmbedding
+from lora_loading.reading.adapter import MAX_EMBEDDING_TOKENS, BundledEmbedding
 
-TOKENS = 128
-"""How many vectors the adapters of a stack can bring along together."""
+TOKENS = 6 * MAX_EMBEDDING_TOKENS
+"""How many vectors the adapters of a stack can bring along: a main one, four extra ones and the operator's."""
 RESERVED = re.compile(r"<lora-word-\d+>")
 
 

@@ -27,7 +27,7 @@ from lora_loading.applying.embeddings import BundledEmbeddings
 from lora_loading.applying.slots import AdaptedLinear, ModuleSlot, copy_with, slot_of
 from lora_loading.reading.adapter import LoraAdapter
 from lora_loading.shapes import TRANSFORMER, ModelShapes, adaptable_layers, components_of, shapes_of
-from lora_loading.updates import LowRank, Update, merged
+from lora_loading.updates import Gains, LowRank, Update, merged
 
 Stack = Sequence[tuple[LoraAdapter, float]]
 """Adapters and their scales; the order does not matter."""
@@ -74,6 +74,7 @@ class ComponentAdapters:
         self._reserved_rank = reserved_rank
         self._slots = {layer: slot_of(module, layer) for layer in adaptable_layers(module)}
         self._active_stack: StackKey | None = ()
+        self._gains = Gains()
 
     @property
     def active_stack(self) -> StackKey | None:
@@ -119,7 +120,7 @@ class ComponentAdapters:
         return copy_with(slot.plain, weight, bias) if changed else slot.plain
 
     def _changed(self, pristine: nn.Parameter, changes: list[tuple[Update, float]]) -> nn.Parameter:
-        new = merged(pristine, changes, lambda name: self._slots[name].pristine[0])
+        new = merged(pristine, changes, lambda name: self._slots[name].pristine[0], self._gains)
         return nn.Parameter(new.to(pristine.dtype), requires_grad=False)
 
 

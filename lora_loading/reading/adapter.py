@@ -21,8 +21,8 @@ from lora_loading.reading.formats.embeddings import read_embedding_key
 from lora_loading.reading.header import Header, holds_only_zeros, read_header
 from lora_loading.reading.keys import SortedFile, sort_file
 from lora_loading.reading.layers import FileLayer, LayerUpdate, layer_updates
-from lora_loading.reading.metadata import PeftSettings, trigger_words
-from lora_loading.reading.scales import layer_names, notes_on_scales, settings_of
+from lora_loading.reading.metadata import config_from, trigger_words
+from lora_loading.reading.scales import Settings, layer_names, notes_on_scales, settings_of
 from lora_loading.reading.tensors import load_tensors
 from lora_loading.shapes import COMPONENTS, ModelShapes
 from lora_loading.updates import Dora, LowRank
@@ -46,7 +46,7 @@ class LoraAdapter:
     """One file's changes of the model, checked and complete."""
 
     digest: str
-    """sha256 of the file."""
+    """sha256 of the file; with PEFT's configuration, of that and the file's sha256."""
     format: str
     """For people: the families of its names and the kinds of its changes, as in "kohya, text encoders: LoRA"."""
     layers: tuple[LayerUpdate, ...]
@@ -100,7 +100,7 @@ def read_adapter(
     *,
     label: str = "",
     digest: str | None = None,
-    peft: PeftSettings | None = None,
+    config: str = "",
 ) -> LoraAdapter:
     """Read and check a file; nothing that it says is trusted before.
 
@@ -109,7 +109,7 @@ def read_adapter(
         shapes: what it has to fit.
         label: the file's name in messages.
         digest: the file's sha256 where it is known; it is computed otherwise.
-        peft: the settings beside the file, for what the file itself does not say.
+        config: PEFT's `adapter_config.json` beside the file, for what the file itself does not say.
 
     Raises:
         LoraFormatError: it is no LoRA for FLUX.1, is damaged, or does not fit this model.
@@ -118,10 +118,16 @@ def read_adapter(
         header = read_header(path)
         file = sort_file(header, shapes, partial(holds_only_zeros, path, header))
         tensors = load_tensors(path, header, file.used)
-        return _build(file, tensors, header, shapes, digest or _sha256(path), peft)
+        settings = settings_of(header.metadata, config_from(config))
+        return _build(file, tensors, header, shapes, _digest(digest or _sha256(path), config), settings)
     except LoraFormatError as error:
         name = f' "{label}"' if label else ""
         raise LoraFormatError(f"Cannot use LoRA{name}: {error}") from error
+
+
+def _digest(file: str, config: str) -> str:
+    """What the adapter is told from others by: two configurations of one file are two adapters."""
+    return hashlib.sha256(f"{file} {config}".encode()).hexdigest() if config else file
 
 
 def _sha256(path: Path) -> str:
@@ -135,9 +141,8 @@ def _build(
     header: Header,
     shapes: ModelShapes,
     digest: str,
-    peft: PeftSettings | None,
+    settings: Settings,
 ) -> LoraAdapter:
-    settings = settings_of(header.metadata, peft)
     layers = [
         FileLayer(
             layer.target,

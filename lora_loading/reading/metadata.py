@@ -94,6 +94,16 @@ def peft_config(config: Mapping[str, Any]) -> PeftSettings:
     )
 
 
+def config_from(text: str) -> PeftSettings | None:
+    """The settings in the text of an `adapter_config.json`; None if it is empty or cannot be read.
+
+    Raises:
+        LoraFormatError: a pattern of alphas cannot be read.
+    """
+    config = _json(text)
+    return peft_config(config) if config else None
+
+
 def _pattern(expression: str) -> Pattern:
     try:
         return Pattern(expression)

@@ -5,12 +5,15 @@ huggingface.co/owner/name/tree/revision/folder
 huggingface.co/owner/name/blob/revision/file.safetensors
 huggingface.co/owner/name/file.safetensors
 
+PEFT keeps alpha in `adapter_config.json` beside `adapter_model.safetensors`: both are found.
+
 The Hub is asked through its own library (`fetching/hub.py`); the file goes through the weights cache, which keeps
 private files of different callers apart.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ from urllib.parse import SplitResult, quote
 
 from errors import DownloadError, HttpStatusError, LoraAccessError, LoraError, LoraReferenceError
 from fetching.hub import MAIN, Hub, HubError, Refusal
-from lora_loading.finding.services.api import bearer, sha256_digest
+from lora_loading.finding.services.api import bearer, sha256_digest, translating_bad_json
 from lora_loading.finding.services.paths import is_safetensors, segments_of
 from lora_loading.finding.services.service import (
     Access,
@@ -37,8 +40,15 @@ ACCESS = Access(
     advice="Check the name. If it is private or gated, set hf_api_token to a token that may read it.",
     advice_to_holder="Check the name, or set hf_api_token to a token of an account that may read it.",
 )
-PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "lora.safetensors")
-"""What a folder is read from where no file is named: diffusers' name, and that of Replicate's trainer."""
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "lora.safetensors", PEFT_FILE)
+"""What a folder is read from where no file is named: the names of diffusers, Replicate's trainer and PEFT."""
+CONFIG_KEYS = (
+    *("alpha", "alpha_pattern", "lora_alpha", "use_rslora", "use_cayley_neumann"),
+    *("num_cayley_neumann_terms", "peft_type"),
+)
+"""What decides how PEFT's file acts; the rest of its configuration is left out."""
+MAX_CONFIG = 2**18
 
 _GATED = re.compile(r"gated|is restricted|authorized list")
 
@@ -126,6 +136,7 @@ def resolve(network: Network, reference: HuggingFaceReference, token: str | None
         raise _translated(error, reference, token is not None) from error
     return Source(
         name=reference.label,
+        facts=_peft_config(network, found.address, token) if path.endswith(PEFT_FILE) else (),
         address=found.address,
         headers=bearer(token),
         revision=f"{found.commit}/{path}",
@@ -133,6 +144,23 @@ def resolve(network: Network, reference: HuggingFaceReference, token: str | None
         sha256=sha256_digest(found.etag),  # the ETag of a small file is something else
         size_bytes=found.size_bytes,
     )
+
+
+def _peft_config(network: Network, address: str, token: str | None) -> tuple[tuple[str, str], ...]:
+    """PEFT's configuration in the folder of its file, as a fact of the file; nothing if there is none.
+
+    Raises:
+        DownloadError: it cannot be fetched, or is not JSON; without it the LoRA would act at another strength.
+    """
+    try:
+        config = network.client.get_json(f"{address.removesuffix(PEFT_FILE)}{PEFT_CONFIG}", dict(bearer(token)))
+    except HttpStatusError as error:
+        if error.status == 404:
+            return ()
+        raise
+    with translating_bad_json("Hugging Face"):
+        kept = json.dumps({key: value for key, value in config.items() if key in CONFIG_KEYS}, sort_keys=True)
+    return ((PEFT_CONFIG, kept),) if len(kept) <= MAX_CONFIG else ()
 
 
 def explain(error: HttpStatusError, reference: HuggingFaceReference, with_token: bool) -> LoraAccessError | None:

@@ -130,6 +130,34 @@ def test_every_kind_of_change_is_carried(dtype: torch.dtype) -> None:
     torch.testing.assert_close(block.norm_q.weight, (old_norm.float() - 0.5 * norm).to(dtype))
 
 
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("inner", ["LoRA", "LoKr"])
+def test_another_scale_of_a_dora_reuses_its_gains(axis: str, inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """magnitude / |V| needs the product with the weight, and does not depend on the scale."""
+    torch.manual_seed(0)
+    model, name = narrow_transformer(), "transformer_blocks.0.attn.to_q"
+    change: Update = LowRank(torch.randn(3, 32), torch.randn(32, 3), 0.5)
+    if inner == "LoKr":
+        change = LoKr((torch.randn(4, 4),), (torch.randn(8, 8),), 0.5)
+    column = ((name, change),) if axis == "column" else ()
+    update = Dora(change, torch.rand(1, 32) if column else torch.rand(32, 1), column)
+    adapter = LoraAdapter("dora", "test", (LayerUpdate(TRANSFORMER, name, "weight", update),))
+    old = adaptable_layers(model)[name].weight.double()
+    delta = update.delta(old, lambda _: old)
+    manager, calls, gain = manager_of(model), [], Dora.gain
+
+    def counted(self: Dora, *given: Any) -> Tensor:
+        calls.append(self)
+        return gain(self, *given)
+
+    monkeypatch.setattr(Dora, "gain", counted)
+    for scale in (1.0, 0.5, -2.0):
+        manager.apply([(adapter, scale)])
+        found = adaptable_layers(model)[name].weight.double()
+        torch.testing.assert_close(found, old + scale * delta, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 1
+
+
 def test_strength_zero_is_none(
     pipelines: dict[str, Any], managers: dict[str, AdapterManager], style: LoraAdapter
 ) -> None:

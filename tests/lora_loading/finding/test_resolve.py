@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import logging
 import socket
 import traceback
@@ -117,6 +118,29 @@ def test_a_file_on_the_hub_is_found_at_its_commit(world: World, text: str, path:
         size_bytes=len(FILE),
     )
     assert world.fetch(source) == FILE
+
+
+@pytest.mark.parametrize("text", ["hf.co/owner/name", "hf.co/owner/name/tree/main/sub", "hf.co/owner/name/sub/adapter_model.safetensors"])  # noqa: E501 # fmt: skip
+def test_pefts_configuration_comes_with_its_file(world: World, text: str) -> None:
+    folder = "sub/" if "sub" in text else ""
+    repository = publish(world, f"{folder}adapter_model.safetensors", private=True, readers=frozenset({HUB_TOKEN}))
+    world.hub.tokens.add(HUB_TOKEN)
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "base_model_name_or_path": "someone/flux"}
+    repository.files[f"{folder}adapter_config.json"] = json.dumps(config).encode()
+    source = world.resolve(text, TOKENS)
+    assert source.facts == (("adapter_config.json", '{"lora_alpha": 32, "peft_type": "LORA"}'),)
+
+
+def test_a_file_of_pefts_without_its_configuration_is_found_alone(world: World) -> None:
+    publish(world, "adapter_model.safetensors")
+    assert world.resolve("hf.co/owner/name").facts == ()
+
+
+@pytest.mark.parametrize("content", [b"not JSON", b"[1]"])
+def test_a_configuration_of_pefts_that_cannot_be_read_is_no_file_without_one(world: World, content: bytes) -> None:
+    repository = publish(world, "adapter_model.safetensors")
+    repository.files["adapter_config.json"] = content
+    world.fail(DownloadError, "hf.co/owner/name")
 
 
 @pytest.mark.parametrize("revision", ["v2", "refs%2Fpr%2F1", "refs/pr/1", OLD_COMMIT])

@@ -383,6 +383,22 @@ def test_pefts_patterns_of_alphas_mean_what_they_mean_in_peft(
     assert_equal(deltas(read_adapter(path, shapes), components), wanted, 1e-5)
 
 
+def test_pefts_configuration_beside_the_file_is_followed(
+    tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]
+) -> None:
+    """save_pretrained keeps alpha there alone; each configuration makes another adapter of the file."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, lora_alpha=14, use_rslora=True, target_modules=TARGETS)
+    tensors, wanted = peft_file(config, components)
+    path = save(tmp_path / "x.safetensors", tensors)
+    text = json.dumps({"lora_alpha": 14, "use_rslora": True, "peft_type": "LORA"})
+    adapter = read_adapter(path, shapes, config=text)
+    assert_equal(deltas(adapter, components), wanted, 1e-5)
+    assert not adapter.notes
+    assert adapter.digest != read_adapter(path, shapes).digest
+
+
 def test_a_scale_that_the_file_leaves_open_is_said(tmp_path: Path, shapes: ModelShapes) -> None:
     changes = changes_of(shapes, only="attn")
     open_scale = read_adapter(save(tmp_path / "x.safetensors", files.peft_named("base_model.model.")(changes)), shapes)
