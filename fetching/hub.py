@@ -163,7 +163,7 @@ class Hub:
         with self.translated(repository):
             ask = partial(self._api.model_info, timeout=self.timeout_seconds)
             info = self._retried(lambda: ask(repository, revision=revision))
-            return [sibling.rfilename for sibling in info.siblings or ()]
+            return [_path_of(sibling) for sibling in info.siblings or ()]
 
     def locate(self, repository: str, path: str, revision: str = MAIN) -> Location:
         """Where a file lies; the answer shows that this caller may read it.
@@ -268,6 +268,13 @@ REFUSALS: tuple[tuple[type[Exception], Refusal], ...] = (
 def _hub_file(sibling: RepoSibling) -> HubFile:
     digest = sibling.blob_id if sibling.lfs is None else sibling.lfs.sha256
     size_bytes = sibling.size if sibling.lfs is None else sibling.lfs.size
-    if digest is None or size_bytes is None:
+    if not isinstance(digest, str) or not isinstance(size_bytes, int):
         raise FileMetadataError
-    return HubFile(sibling.rfilename, size_bytes, digest)
+    return HubFile(_path_of(sibling), size_bytes, digest)
+
+
+def _path_of(sibling: RepoSibling) -> str:
+    """Its path, which the library takes from the answer as it is."""
+    if not isinstance(sibling.rfilename, str):
+        raise FileMetadataError
+    return sibling.rfilename

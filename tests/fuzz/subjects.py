@@ -232,7 +232,10 @@ def spoil(server: Server, rng: random.Random) -> None:
 
     def reply(request: Request) -> Reply:
         answer = original(server, request)
-        return mutated_reply(rng, answer) if rng.random() < 0.4 else answer
+        if rng.random() > 0.4:
+            return answer
+        spoiled = mutated_reply(rng, answer)  # closed, as silent hosts are for tests/fetching/test_deadline.py
+        return replace(spoiled, headers={**spoiled.headers, "Connection": "close"})
 
     server.reply = reply  # type: ignore[method-assign, unused-ignore]
 

@@ -397,6 +397,13 @@ def test_an_address_that_is_none_is_an_answer_of_another_shape(world: World, add
         world.resolve("civitai.com/models/123")
 
 
+@pytest.mark.parametrize("name", [None, 7, ["a.safetensors"]])
+def test_a_file_of_the_hub_without_a_name_is_an_answer_of_another_shape(world: World, name: object) -> None:
+    world.hub.first.append(json_reply({"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name}]}))
+    with pytest.raises(DownloadError, match=r"Cannot find LoRA .*owner/name"):
+        world.resolve("huggingface.co/owner/name")
+
+
 def download_error(world: World, text: str, tokens: Tokens | None = None) -> str:
     """What the user sees when the download itself is refused."""
     reference, tokens = parse(text), tokens or Tokens()
