@@ -33,6 +33,7 @@ ROOMS = (
     "cli",
     "training",
     "benchmarks",
+    "studio",
 )
 """From the top. A module belongs to the room that its name begins with."""
 NOT_ROOMS = ("tests",)
@@ -86,7 +87,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    """`predict` and `cli.predict` hand it to the settings, `cli.serve` to its server; no other module has it."""
+    """`predict` and `cli.predict` hand it to the settings, `cli.serve` and `studio` to a server; no other has it."""
     reads = {"environ", "getenv"}
     holders = {
         name
@@ -94,7 +95,12 @@ def test_the_environment_is_read_in_one_place() -> None:
         if room_of(name) not in ("training", "benchmarks")
         and any(isinstance(node, ast.Attribute) and node.attr in reads for node in ast.walk(tree))
     }
-    assert holders == {"predict", "cli.lora", "cli.predict", "cli.serve"}
+    assert holders == {"predict", "cli.lora", "cli.predict", "cli.serve", "studio.__main__"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) == "studio"])
+def test_the_page_imports_nothing_of_the_project(module: str) -> None:
+    assert [name for name in imports(module) if room_of(name) != "studio"] == []
 
 
 @pytest.mark.parametrize("module", ["errors", "settings", "images", "request", "logs"])
