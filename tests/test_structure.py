@@ -31,6 +31,7 @@ ROOMS = (
     "engine",
     "predict",
     "cli",
+    "cluster",
     "training",
     "benchmarks",
     "studio",
@@ -87,7 +88,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    """`predict` and `cli.predict` hand it to the settings, `cli.serve` and `studio` to a server; no other has it."""
+    """`predict` and `cli.predict` hand it to the settings, the others to what they start."""
     reads = {"environ", "getenv"}
     holders = {
         name
@@ -95,7 +96,15 @@ def test_the_environment_is_read_in_one_place() -> None:
         if room_of(name) not in ("training", "benchmarks")
         and any(isinstance(node, ast.Attribute) and node.attr in reads for node in ast.walk(tree))
     }
-    assert holders == {"predict", "cli.lora", "cli.predict", "cli.serve", "studio.__main__"}
+    assert holders == {
+        "predict",
+        "cli.lora",
+        "cli.predict",
+        "cli.serve",
+        "cluster.__main__",
+        "cluster.child",
+        "studio.__main__",
+    }
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) == "studio"])
