@@ -1,8 +1,9 @@
 """Compile the transformers' blocks with torch.compile, once for all sizes, models and LoRAs; keep the graphs on disk.
 
-The blocks are compiled, not the whole transformer: FLUX's 57 blocks are of two classes, so three graphs serve them all,
-at the same speed and in a sixth of the time (published: 9.6 s instead of 67 s). The three graphs: double block, first
-single block (separate inputs), other single blocks (views of one tensor). Weights are inputs of a graph, so it is
+The blocks are compiled, not the whole transformer: FLUX's 57 blocks are of two classes, so few graphs serve them all,
+at the same speed and in a sixth of the time (published: 9.6 s instead of 67 s). In the original precision there are
+three: double block, first single block (separate inputs), other single blocks (views of one tensor); go_fast's forward
+has five, one for each module of `lean_transformer.LeanBlocks`. Weights are inputs of a graph, so it is
 shared by models of the same widths, by transformers that share blocks, and by the three modes. fp8 weights, and
 adapters beside the weights, need graphs of their own: see `reserved_rank` in `lora_loading.applying.manager`. The modes
 that record CUDA graphs ("reduce-overhead", "max-autotune") are not used: a recording holds for one size and one thread.
@@ -34,6 +35,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from torch import nn
 from torch._dynamo.exc import RestartAnalysis
 
 from errors import SettingsError
@@ -50,6 +52,8 @@ and one-token images, and with `fullgraph=True` going beyond the limit is an err
 INDUCTOR_OPTIONS = {"loop_ordering_after_fusion": False}
 """With torch's default of True, inductor 2.13 finds no common loops for the kernels of the fp8 single block, where the
 number of text and image tokens is a sum, and raises CantSplit. `script/dry-run` shows whether it still does."""
+LONGEST_ROW = 16384
+"""See `_rows_in_registers`. FLUX.1's longest is 15360; with it a thread has 32 numbers."""
 PACKAGES = ("triton", "diffusers", "torchao")
 """Packages whose versions, besides torch's, decide whether kept graphs can be used."""
 SEAL_BYTES = hashlib.sha256().digest_size
@@ -67,15 +71,39 @@ def compiled_or_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Cal
     graph that inductor cannot handle, costs speed alone.
     """
     from torch._inductor.compile_fx import compile_fx  # seconds of imports, for who compiles
+    from torch._inductor.virtualized import V
 
     try:
-        return compile_fx(graph, inputs, config_patches=INDUCTOR_OPTIONS)  # type: ignore[return-value]
+        with V.set_choices_handler(_rows_in_registers()):
+            return compile_fx(graph, inputs, config_patches=INDUCTOR_OPTIONS)  # type: ignore[return-value]
     except (RestartAnalysis, torch.OutOfMemoryError):  # of Dynamo's own working, and not of the compiler's
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning("compiling a graph failed, so it runs uncompiled and slower: %s", reason)
         return graph.forward
+
+
+def _rows_in_registers() -> Any:  # noqa: ANN401 - of inductor
+    """Inductor's choices, but for rows of up to `LONGEST_ROW` numbers, which a kernel then reads once and keeps.
+
+    By itself it keeps 1024 of them. Norm and quantisation of a row of 3072 are then three passes, with the row in
+    float32 in memory between them. The way to change choices is the one that `InductorChoices` describes.
+    """
+    from torch._inductor.choices import InductorChoices
+
+    class RowsInRegisters(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:  # noqa: ANN401
+            numbers = features.reduction_numel
+            return bool(numbers.is_number and int(numbers) <= LONGEST_ROW)
+
+    return RowsInRegisters()
+
+
+def compiled_parts(transformer: FluxTransformer2DModel) -> list[nn.Module]:
+    """The modules of a transformer that are compiled, each by itself: its blocks."""
+    return [block for block in transformer.modules() if type(block).__name__ in transformer._repeated_blocks]
 
 
 def compile_blocks(transformer: FluxTransformer2DModel, backend: str | Callable[..., Any] = compiled_or_eager) -> None:
@@ -87,14 +115,14 @@ def compile_blocks(transformer: FluxTransformer2DModel, backend: str | Callable[
         transformer: may share its blocks with another transformer.
         backend: as in `torch.compile`.
     """
-    for block in transformer.modules():
-        if type(block).__name__ in transformer._repeated_blocks and block._compiled_call_impl is None:
+    for block in compiled_parts(transformer):
+        if block._compiled_call_impl is None:
             block.compile(fullgraph=True, dynamic=True, backend=backend, recompile_limit=MAX_GRAPHS)
 
 
 def run_uncompiled(transformer: FluxTransformer2DModel) -> None:
     """Take back `compile_blocks`."""
-    for block in transformer.modules():
+    for block in compiled_parts(transformer):
         block._compiled_call_impl = None
 
 

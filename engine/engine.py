@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from engine.lean_transformer import REQUEST, LeanTransformer, RequestState
 from engine.loading import Model
 from engine.memory_plan import EXACT, LAYOUTS, Layout, Placement
 from engine.offload import moved_to_device
@@ -186,6 +187,7 @@ class Engine:
             generator=generator,
             max_sequence_length=model.profile.max_prompt_tokens,
             output_type="pt",
+            joint_attention_kwargs=_shared_by_steps(pipeline),
             **from_image,
             **from_mask,
         ).images[0]
@@ -200,6 +202,11 @@ def _apply(adapters: AdapterManager, stack: Stack) -> None:
     swapped = before != [component.active_stack for component in adapters.components.values()]
     event = Event("apply_loras", time.monotonic() - started, outcome="swapped" if swapped else "kept")
     log_stage(logger, event, f"LoRAs {event.outcome}: {len(stack)}, in {event.seconds:.2f} s")
+
+
+def _shared_by_steps(pipeline: DiffusionPipeline) -> dict[str, RequestState] | None:
+    """What go_fast's transformer keeps from step to step, within one call of the pipeline."""
+    return {REQUEST: RequestState(pipeline.scheduler)} if isinstance(pipeline.transformer, LeanTransformer) else None
 
 
 def denoising_steps(request: GenerationRequest) -> int:

@@ -34,13 +34,36 @@ class Scheme:
 
     name: str
     config: Float8DynamicActivationFloat8WeightConfig | Float8WeightOnlyConfig
+    dynamic: bool
+    """Whether activations are quantised too, and products are in fp8."""
 
     def quantise(self, weight: Tensor) -> Float8Tensor:
         """(out, in) in any float type -> a new fp8 tensor that multiplies by this scheme."""
-        holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        holder.weight = nn.Parameter(weight, requires_grad=False)
+        target = self.allocate(weight)
+        write_fp8(target, weight)
+        return target
+
+    def allocate(self, weight: Tensor) -> Float8Tensor:
+        """An fp8 tensor like `weight`, (out, in), with any numbers in it."""
+        rows, columns = weight.shape
+        sample = self._sample(weight.dtype, weight.device)
+        return nn.Parameter(
+            Float8Tensor(
+                torch.empty(rows, columns, dtype=sample.qdata.dtype, device=weight.device),
+                torch.empty(rows, 1, dtype=torch.float32, device=weight.device),
+                block_size=[1, columns],
+                mm_config=sample.mm_config,
+                act_quant_kwargs=sample.act_quant_kwargs,
+                kernel_preference=sample.kernel_preference,
+                dtype=weight.dtype,
+            ),
+            requires_grad=False,
+        )
+
+    def _sample(self, dtype: torch.dtype, device: torch.device) -> Float8Tensor:
+        """The smallest weight, quantised by torchao: it says how this scheme multiplies."""
+        holder = nn.Linear(FP8_MULTIPLE, FP8_MULTIPLE, bias=False, dtype=dtype, device=device)
         quantize_(holder, self.config)
-        write_fp8(holder.weight, weight)
         return holder.weight
 
 
@@ -59,10 +82,12 @@ def write_fp8(target: Float8Tensor, weight: Tensor) -> None:
 DYNAMIC = Scheme(
     "fp8 weights and activations, one scale per row",
     Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False),
+    dynamic=True,
 )
 WEIGHT_ONLY = Scheme(
     "fp8 weights only, one scale per row: less memory, not faster",
     Float8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False),
+    dynamic=False,
 )
 
 

@@ -47,7 +47,7 @@ def fast_precision(exact: Precision, scheme: Scheme, device: torch.device, lora_
     for name, model in exact.models.items():
         text = [part for part in exact.adapters[name].components.values() if part.name != TRANSFORMER]
         models[name] = Model(
-            model.profile, pipelines_over(working_copy.transformers[name], model.pipelines[Mode.TXT2IMG].components)
+            model.profile, pipelines_over(working_copy.lean[name], model.pipelines[Mode.TXT2IMG].components)
         )
         adapters[name] = AdapterManager([WorkingCopyAdapters(name, working_copy), *text])
     return Precision(models, adapters, lora_gain, working_copy.release)

@@ -8,13 +8,14 @@ All models share one copy of the blocks, because FLUX.1 [dev] and [schnell] diff
 change of the stack rewrites the layers that either stack touches, a change of the model rewrites all layers. The
 tensors keep their addresses, so compiled graphs stay valid.
 
-The linear layers of the blocks are fp8. Embedders, the last projection, biases and norms keep their type.
+The linear layers of the blocks are fp8. Embedders, the last projection, biases and norms keep their type. Layers that
+`engine.lean_transformer` runs as one lie one after another in memory.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torchao.quantization import Float8Tensor
 
 from engine.fp8 import FP8_MULTIPLE, Scheme, write_fp8
+from engine.lean_transformer import LeanBlocks, LeanTransformer, joined_layers
 from lora_loading.applying.embeddings import BundledEmbeddings
 from lora_loading.applying.manager import LayerChanges, Stack, StackKey, changes_by_layer, own_part
 from lora_loading.shapes import TRANSFORMER, adaptable_layers
@@ -81,6 +83,12 @@ class WorkingCopy:
             blocks = {part: shell.get_submodule(part) for part in BLOCKS}
             self.transformers[name] = shell
             self._layers[name] = _pairs(shell, transformer)
+        for group in joined_layers(next(iter(self.transformers.values()))):
+            _lay_out_together(group)
+        lean = LeanBlocks(next(iter(self.transformers.values())), scheme.dynamic)
+        self.lean: dict[str, LeanTransformer] = {n: LeanTransformer(t, lean) for n, t in self.transformers.items()}
+        """What runs the transformers' weights, in few and large steps."""
+        self._storages = _storages_of(self._fp8_weights())
         self._state: _State | None = _State(next(iter(pristine)), ())
         self._gains = {name: Gains() for name in pristine}
 
@@ -101,8 +109,8 @@ class WorkingCopy:
     def release(self) -> None:
         """Free the fp8 weights' memory; the next `write` allocates it again and writes every layer."""
         self._state = None
-        for weight in self._fp8_weights():
-            weight.qdata.untyped_storage().resize_(0)
+        for storage, _ in self._storages:
+            storage.resize_(0)
 
     def _fp8_weights(self) -> Iterator[Float8Tensor]:
         return (pair.layer.weight for pair in next(iter(self._layers.values())).values() if pair.fp8)
@@ -116,8 +124,8 @@ class WorkingCopy:
         changes = changes_by_layer(stack, TRANSFORMER)
         before = self._state
         if before is None:  # the memory may have been released
-            for weight in self._fp8_weights():
-                weight.qdata.untyped_storage().resize_(weight.qdata.numel())
+            for storage, size_bytes in self._storages:
+                storage.resize_(size_bytes)
         names = before.touched | changes.keys() if before and before.model == model else layers.keys()
         self._state = None
         for name in names:
@@ -140,6 +148,40 @@ class WorkingCopy:
         if pair.bias is not None:
             bias = pair.bias.to(self._device, non_blocking=True)
             pair.layer.bias.copy_(merged(bias, changes.bias, weight_of) if changes.bias else bias)
+
+
+def _lay_out_together(layers: Sequence[Any]) -> None:
+    """Move the weights and biases of layers into one tensor each, one after another; the layers keep views."""
+    weights = [layer.weight for layer in layers]
+    if isinstance(weights[0], Float8Tensor):
+        joined = zip(weights, _joined([w.qdata for w in weights]), _joined([w.scale for w in weights]), strict=True)
+        for weight, data, scale in joined:
+            weight.qdata, weight.scale = data, scale
+    else:
+        _move(weights)
+    if getattr(layers[0], "bias", None) is not None:
+        _move([layer.bias for layer in layers])
+
+
+def _move(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter, part in zip(parameters, _joined([p.data for p in parameters]), strict=True):
+        parameter.data = part
+
+
+def _joined(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The parts as views of one new tensor, joined in the first dimension."""
+    rows = [part.shape[0] for part in parts]
+    whole = torch.empty(sum(rows), *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device)
+    views = list(torch.split(whole, rows))
+    for view, part in zip(views, parts, strict=True):
+        view.copy_(part)
+    return views
+
+
+def _storages_of(weights: Iterable[Float8Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
+    """The memory of fp8 weights, each with its bytes; what several share comes once."""
+    storages = {s._cdata: s for s in (weight.qdata.untyped_storage() for weight in weights)}
+    return [(storage, storage.nbytes()) for storage in storages.values()]
 
 
 def _fits_fp8(layer: nn.Module) -> bool:
