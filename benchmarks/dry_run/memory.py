@@ -1,0 +1,53 @@
+"""The most memory on each card, counted allocation by allocation, beside what the memory plan says."""
+
+from __future__ import annotations
+
+from benchmarks.dry_run.bounds import PLAN_ACCURACY
+from benchmarks.dry_run.counting import DeviceCounter
+from benchmarks.dry_run.device import Card, fake_device, fake_tensors
+from benchmarks.dry_run.flux import engine_of, flux_sizes, loras, request_for
+from benchmarks.dry_run.tables import Table, gigabytes
+from engine.engine import Engine
+from engine.memory_plan import EXACT, LARGEST, RESERVE_BYTES, Plan, plan_memory
+from engine.precision import RESERVED_RANK
+from request import Mode
+
+COLUMNS = ("card", "layout", "serves", "at rest", "most, counted", "most, planned")
+
+
+def memory_table(cards: tuple[Card, ...]) -> Table:
+    """GB on each card: at rest, and the most while the largest images are made with and without LoRAs."""
+    table = Table("Memory on the device, in GB", COLUMNS)
+    for card in cards:
+        plan = plan_memory(flux_sizes(), card.memory_bytes)
+        resting, most = _measured(card, plan)
+        planned = plan.needed_bytes - RESERVE_BYTES
+        layout = (card.name, plan.layout.name, " and ".join(plan.precisions))
+        table.rows.append((*layout, *map(gigabytes, (resting, most, planned))))
+        table.require(
+            abs(most - planned) <= PLAN_ACCURACY * planned,
+            f"{card.name}: at most {gigabytes(most)} GB counted, {gigabytes(planned)} planned",
+        )
+    table.notes.append(
+        f"The largest images are {LARGEST.width}x{LARGEST.height}, uncompiled, in every served precision, with "
+        f"two LoRAs of rank {RESERVED_RANK // 2} and none. The plan's reserve of {gigabytes(RESERVE_BYTES)} GB and the "
+        "safety checker are left out on both sides."
+    )
+    return table
+
+
+def _measured(card: Card, plan: Plan) -> tuple[int, int]:
+    """The bytes at rest, and the most."""
+    counter = DeviceCounter()
+    with fake_device(card), fake_tensors(counter.on_sync), counter.watching():
+        engine = engine_of(plan.layout)
+        resting = counter.live_bytes
+        _make_the_largest(engine, plan)
+        return resting, counter.most_bytes
+
+
+def _make_the_largest(engine: Engine, plan: Plan) -> None:
+    for go_fast in (False, True) if EXACT in plan.precisions else (True,):
+        for stack in (loras(engine, 2, RESERVED_RANK // 2), []):
+            for mode in (Mode.TXT2IMG, Mode.INPAINT):
+                list(engine.generate(request_for(mode, LARGEST, go_fast=go_fast, steps=1), stack))
