@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,44 @@ WEIGHT_ONLY = Scheme(
     Float8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False),
     dynamic=False,
 )
+
+
+Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""Quantises a weight with low-rank changes in one pass, see `engine.requantise.requantise`."""
+
+
+def choose_rewrite(device: torch.device) -> Rewrite | None:
+    """The Triton kernel that writes fp8 weights in one pass, tried on a small weight; None where it does not work."""
+    if device.type != "cuda":
+        return None
+    try:
+        from engine.requantise import requantise
+
+        _try_out_rewrite(requantise, device)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("fp8 weights are written in several passes, since the kernel for one does not work: %s", reason)
+        return None
+    return requantise
+
+
+def _try_out_rewrite(rewrite: Rewrite, device: torch.device) -> None:
+    """Compare with `write_fp8`, with one change and with none."""
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ((96, 512), (16, 512), (96, 16)))
+    weight, factors = (
+        weight.to(device, torch.bfloat16),
+        torch.cat([a.flatten(), b.flatten()]).to(device, torch.bfloat16),
+    )
+    a, b = (factors[: a.numel()].view_as(a), factors[a.numel() :].view_as(b))
+    table = torch.tensor([[0, a.numel(), len(a)]], device=device)
+    wanted, found = (WEIGHT_ONLY.allocate(weight) for _ in range(2))
+    for changes in (0, 1):
+        write_fp8(wanted, weight.float() + 0.5 * changes * (b.float() @ a.float()))
+        rewrite(found.qdata, found.scale, weight, factors, table[:changes], torch.full((changes,), 0.5, device=device))
+        difference = (found.dequantize() - wanted.dequantize()).float().norm()
+        if not difference < 0.005 * wanted.dequantize().float().norm():
+            raise ArithmeticError("its numbers differ from those of the several passes")
 
 
 def choose_scheme(device: torch.device) -> Scheme | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.fp8 import Scheme
+from engine.fp8 import Rewrite, Scheme
 from engine.loading import Model, pipelines_over
 from engine.working_copy import WorkingCopy, WorkingCopyAdapters
 from lora_loading.applying.manager import AdapterManager, adapter_managers
@@ -39,10 +39,15 @@ def exact_precision(models: Mapping[str, Model], reserved_rank: int = 0) -> Prec
     )
 
 
-def fast_precision(exact: Precision, scheme: Scheme, device: torch.device, lora_gain: float) -> Precision:
-    """The same models over one fp8 working copy; text encoders, their adapters and the VAE are shared with `exact`."""
+def fast_precision(
+    exact: Precision, scheme: Scheme, device: torch.device, lora_gain: float, rewrite: Rewrite | None = None
+) -> Precision:
+    """The same models over one fp8 working copy; text encoders, their adapters and the VAE are shared with `exact`.
+
+    For `rewrite` see `fp8.choose_rewrite`.
+    """
     pristine = {name: model.pipelines[Mode.TXT2IMG].transformer for name, model in exact.models.items()}
-    working_copy = WorkingCopy(pristine, scheme, device)
+    working_copy = WorkingCopy(pristine, scheme, device, rewrite)
     models, adapters = {}, {}
     for name, model in exact.models.items():
         text = [part for part in exact.adapters[name].components.values() if part.name != TRANSFORMER]

@@ -10,7 +10,7 @@ import torch
 
 from engine.compilation import WARM_UP_SIZE, CompileCache, compile_blocks, run_uncompiled, should_compile
 from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
-from engine.fp8 import Scheme, choose_scheme
+from engine.fp8 import Rewrite, Scheme, choose_rewrite, choose_scheme
 from engine.loading import Model, load_models
 from engine.memory_plan import EXACT, Layout, Placement, plan_memory, profile_sizes
 from engine.offload import pin
@@ -49,7 +49,9 @@ def start_engine(profiles: tuple[ModelProfile, ...], settings: Settings, device:
     layout = _layout(profiles, scheme, device)
     compiling = should_compile(settings.compile, device)
     models = _loaded(profiles, layout, device)
-    engine = assemble(models, scheme, device, layout, compiling=compiling, lora_gain=settings.go_fast_lora_gain)
+    rewrite = choose_rewrite(device) if scheme else None
+    gain = settings.go_fast_lora_gain
+    engine = assemble(models, scheme, device, layout, compiling=compiling, lora_gain=gain, rewrite=rewrite)
     if compiling:
         _warm_up(engine, layout, CompileCache(settings.cache_dir.expanduser() / GRAPHS, device))
     return engine
@@ -63,13 +65,14 @@ def assemble(
     *,
     compiling: bool,
     lora_gain: float,
+    rewrite: Rewrite | None = None,
 ) -> Engine:
     """Build the engine over loaded models; `scheme` is None where fp8 does not work.
 
-    With `compiling`, the transformers' blocks are compiled at their first call.
+    For `rewrite` see `fp8.choose_rewrite`. With `compiling`, the transformers' blocks are compiled at their first call.
     """
     exact = exact_precision(models, RESERVED_RANK if compiling else 0)
-    fast = fast_precision(exact, scheme, device, lora_gain) if scheme else None
+    fast = fast_precision(exact, scheme, device, lora_gain, rewrite) if scheme else None
     for precision in filter(None, (exact, fast)) if compiling else ():
         for model in precision.models.values():
             compile_blocks(model.pipelines[Mode.TXT2IMG].transformer)

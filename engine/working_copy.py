@@ -24,10 +24,12 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torchao.quantization import Float8Tensor
 
-from engine.fp8 import FP8_MULTIPLE, Scheme, write_fp8
+from engine.factors import Factors, joined_factors
+from engine.fp8 import FP8_MULTIPLE, Rewrite, Scheme, write_fp8
 from engine.lean_transformer import LeanBlocks, LeanTransformer, joined_layers
 from lora_loading.applying.embeddings import BundledEmbeddings
 from lora_loading.applying.manager import LayerChanges, Stack, StackKey, changes_by_layer, own_part
+from lora_loading.applying.upload import uploaded
 from lora_loading.shapes import TRANSFORMER, adaptable_layers
 from lora_loading.updates import Gains, merged
 
@@ -52,24 +54,35 @@ class _State:
     model: str
     stack: StackKey
     touched: frozenset[str] = field(default_factory=frozenset)
+    biased: frozenset[str] = field(default_factory=frozenset)
+    """Those of them whose biases differ."""
 
 
 class WorkingCopy:
     """The fp8 blocks that all models share, and a transformer for each model that contains them."""
 
-    def __init__(self, pristine: Mapping[str, FluxTransformer2DModel], scheme: Scheme, device: torch.device) -> None:
+    def __init__(
+        self,
+        pristine: Mapping[str, FluxTransformer2DModel],
+        scheme: Scheme,
+        device: torch.device,
+        rewrite: Rewrite | None = None,
+    ) -> None:
         """Copy and quantise; the copy then holds the first model without adapters.
 
         Args:
             pristine: the transformers by model name, without adapters; on any device.
             scheme: how the blocks' weights are stored.
             device: where the copy is made.
+            rewrite: what quantises a weight with its low-rank changes at once, where something does: see
+                `fp8.choose_rewrite`.
 
         Raises:
             ValueError: the models' blocks differ in their layers.
         """
         self._scheme = scheme
         self._device = device
+        self._rewrite = rewrite
         self.transformers: dict[str, FluxTransformer2DModel] = {}
         """A transformer in fp8 for each model; only the one that was written last has the right weights."""
         self._layers: dict[str, dict[str, _Layer]] = {}
@@ -121,18 +134,51 @@ class WorkingCopy:
         if self.active_stack(model) == key:
             return
         layers = self._layers[model]
+        if self._rewrite is not None:
+            stack = uploaded(stack, TRANSFORMER, self._device)
         changes = changes_by_layer(stack, TRANSFORMER)
         before = self._state
         if before is None:  # the memory may have been released
             for storage, size_bytes in self._storages:
                 storage.resize_(size_bytes)
         names = before.touched | changes.keys() if before and before.model == model else layers.keys()
+        same_model = before is not None and before.model == model
+        biased = frozenset(name for name, change in changes.items() if change.bias)
+        biases = before.biased | biased if before and same_model else names
         self._state = None
+        quick = joined_factors(changes, self._device) if self._rewrite is not None else None
+        copies: list[tuple[Tensor, Tensor]] = []
         for name in names:
-            self._write_layer(layers, name, changes.get(name, NO_CHANGES), self._gains[model])
-        self._state = _State(model, key, frozenset(changes))
+            own = changes.get(name, NO_CHANGES)
+            if not layers[name].fp8 and not own.merging:
+                copies.append((layers[name].layer.weight, layers[name].weight))
+            elif not self._write_quickly(layers[name], name, own, quick):
+                self._write_weight(layers, name, own, self._gains[model])
+            if name in biases and layers[name].bias is not None:
+                copies.append((layers[name].layer.bias, self._bias(layers, name, own)))
+        if copies:
+            ours, theirs = zip(*copies, strict=True)
+            torch._foreach_copy_(list(ours), [given.to(self._device, non_blocking=True) for given in theirs])
+        self._state = _State(model, key, frozenset(changes), biased)
 
-    def _write_layer(self, layers: Mapping[str, _Layer], name: str, changes: LayerChanges, gains: Gains) -> None:
+    def _write_quickly(self, pair: _Layer, name: str, changes: LayerChanges, factors: Factors | None) -> bool:
+        """Write a weight in one pass; False where that cannot be done."""
+        if self._rewrite is None or factors is None or not pair.fp8 or (changes.merging and name not in factors.rows):
+            return False
+        target, weight = pair.layer.weight, pair.weight.to(self._device, non_blocking=True)
+        self._rewrite(target.qdata, target.scale, weight, *factors.of(name))
+        return True
+
+    def _bias(self, layers: Mapping[str, _Layer], name: str, changes: LayerChanges) -> Tensor:
+        """A layer's bias with its changes."""
+        bias: Any = layers[name].bias
+        here: Tensor = bias.detach().to(self._device, non_blocking=True)
+        if not changes.bias:
+            return here
+        changed = merged(here, changes.bias, lambda other: layers[other].weight.to(self._device))
+        return changed.to(here.dtype)
+
+    def _write_weight(self, layers: Mapping[str, _Layer], name: str, changes: LayerChanges, gains: Gains) -> None:
         pair = layers[name]
 
         def weight_of(other: str) -> Tensor:
@@ -145,9 +191,6 @@ class WorkingCopy:
             write_fp8(pair.layer.weight, weight)
         else:
             pair.layer.weight.copy_(weight)
-        if pair.bias is not None:
-            bias = pair.bias.to(self._device, non_blocking=True)
-            pair.layer.bias.copy_(merged(bias, changes.bias, weight_of) if changes.bias else bias)
 
 
 def _lay_out_together(layers: Sequence[Any]) -> None:

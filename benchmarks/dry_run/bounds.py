@@ -9,10 +9,10 @@ STEP_TFLOP = 74.4
 FLOP_ACCURACY = 0.01
 STEP_LAUNCHES = {"exact": 1200, "fast": 520}
 STEP_ELEMENTWISE_GB = {"exact": 40.0, "fast": 28.0}
-CHANGE_GB = {0: 300.0, 1: 400.0, 2: 500.0}
+CHANGE_GB = {0: 60.0, 1: 60.0, 2: 60.0}
 """Read and written by the change of the fp8 copy to this many LoRAs, from none or, for 0, from one."""
-CHANGE_LAUNCHES = {0: 4200, 1: 6600, 2: 9000}
-COPIES_A_LORA = 1000
+CHANGE_LAUNCHES = {0: 520, 1: 520, 2: 520}
+COPIES_A_LORA = 8
 
 SCHEDULER = "schedulers/scheduling_flow_match_euler_discrete.py"
 PLANNED_SYNCS = {

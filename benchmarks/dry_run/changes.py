@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.dry_run.bounds import CHANGE_GB, CHANGE_LAUNCHES, COPIES_A_LORA
-from benchmarks.dry_run.counting import Counts, DeviceCounter
+from benchmarks.dry_run.counting import CACHED_ROW, RANK, Counts, DeviceCounter
 from benchmarks.dry_run.device import fake_device, fake_tensors
-from benchmarks.dry_run.flux import RANK, engine_of, loras, precision_of
+from benchmarks.dry_run.flux import engine_of, loras, precision_of
 from benchmarks.dry_run.tables import Table, gigabytes
 from benchmarks.gpu.scales import FULL, Scale
 
@@ -36,4 +36,7 @@ def changes_table(scale: Scale = FULL) -> tuple[Table, dict[str, Counts]]:
             table.require(counts.kernels <= CHANGE_LAUNCHES[number], f"{name}: {counts.kernels} launches")
             table.require(copies <= COPIES_A_LORA * number, f"{name}: {copies} copies")
             table.require(not waits, f"{name}: {dict(counts.syncs)}")
+    table.notes.append(
+        f"Rows of up to {CACHED_ROW} numbers are read twice and counted once: the second time they come from the cache."
+    )
     return table, found

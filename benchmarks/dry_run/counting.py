@@ -62,6 +62,13 @@ VIEWS = frozenset(
     ]
 )
 """Operators that start no kernel."""
+RANK = 16
+"""Of the LoRAs whose change is counted."""
+CACHED_ROW = 3072
+"""Numbers of a row of a weight that is read twice, the second time from the cache: 16 rows are 98 KB then. Were they
+read from memory, a change of all layers would move 17 GB more."""
+TENSORS_A_LAUNCH = 128
+"""Of a `_foreach` operator over pairs: 64 pairs."""
 TENSOR_PATHS = ("/torch/", "benchmarks/dry_run", "<", "contextlib", "torchao")
 """Parts of the paths of code that is not called a caller."""
 
@@ -149,7 +156,8 @@ class DeviceCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in outputs:
             self._note_memory(tensor)
         self._note_copy(name, inputs, outputs)
-        if any(tensor.device.type == "cuda" for tensor in outputs) and _starts_a_kernel(func, name):
+        written = outputs or (inputs if func._schema.is_mutable else [])
+        if any(tensor.device.type == "cuda" for tensor in written) and _starts_a_kernel(func, name):
             self._note_kernel(func, name, args, kwargs, inputs, result)
         return result
 
@@ -222,7 +230,11 @@ class DeviceCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.counts.copied_bytes += source.numel() * source.element_size()
 
     def _note_kernel(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], result: Any) -> None:
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in [*inputs, *_tensors(result)])
+        moved = sum(map(_touched_bytes, [*inputs, *_tensors(result)]))
+        if name == "requantise":  # reads long rows twice, and of all factors a layer's
+            weight, factors, table = args[2], args[3], args[4]
+            moved += _touched_bytes(weight) * (weight.shape[1] > CACHED_ROW) - _touched_bytes(factors)
+            moved += 2 * len(table) * RANK * sum(weight.shape) * factors.element_size()
         formula = flop_registry.get(func._overloadpacket)
         if name == "_scaled_mm":
             self._add(Product(FP8, 2.0 * inputs[0].numel() * inputs[1].shape[1], moved))
@@ -232,7 +244,7 @@ class DeviceCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             flop = float(formula(*args, **kwargs, out_val=result))
             self._add(Product(CONVOLUTION if "convolution" in name else BF16, flop, moved))
         elif not self._paused:
-            self.counts.kernels += 1
+            self.counts.kernels += -(-len(inputs) // TENSORS_A_LAUNCH) if name.startswith("_foreach") else 1
             self.counts.elementwise_bytes += moved
 
     def _add_two(self, args: Any) -> None:
@@ -260,6 +272,10 @@ def _starts_a_kernel(func: Any, name: str) -> bool:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [item for item in tree_iter(tree) if isinstance(item, Tensor)]
+
+
+def _touched_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _plain(tensor: Any) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
+from benchmarks.dry_run.counting import RANK
 from benchmarks.dry_run.device import DEVICE
 from benchmarks.gpu.models import MODELS, building, clip_of, t5_of, vae_of
 from benchmarks.gpu.scales import FULL, Scale
@@ -22,6 +23,7 @@ from engine.loading import Model, pipelines_over
 from engine.memory_plan import Layout, Placement, Sizes, sizes_of
 from engine.precision import Precision
 from engine.profiles import TINY, ModelProfile
+from engine.requantise import requantise
 from engine.start import assemble
 from lora_loading.reading.adapter import LoraAdapter
 from lora_loading.reading.layers import LayerUpdate
@@ -30,7 +32,6 @@ from lora_loading.updates import LowRank
 from request import GenerationRequest, Mode, Size
 
 HOST = torch.device("cpu")
-RANK = 16
 SQUARE = Size(1024, 1024)
 
 
@@ -69,7 +70,8 @@ def _place(placement: Placement) -> torch.device:
 
 def engine_of(layout: Layout = EVERYTHING_ON_THE_DEVICE, scale: Scale = FULL, *, compiling: bool = False) -> Engine:
     """The engine over both models, in both precisions."""
-    engine = assemble(build_models(layout, scale), DYNAMIC, DEVICE, layout, compiling=compiling, lora_gain=1.5)
+    models = build_models(layout, scale)
+    engine = assemble(models, DYNAMIC, DEVICE, layout, compiling=compiling, lora_gain=1.5, rewrite=requantise)
     for model in (*engine.exact.models.values(), *(engine.fast.models.values() if engine.fast else ())):
         for pipeline in model.pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
@@ -126,11 +128,13 @@ def loras(engine: Engine, count: int, rank: int = RANK) -> list[tuple[LoraAdapte
 
 
 def _lora(digest: str, layers: Sequence[tuple[str, Sequence[int]]], rank: int) -> LoraAdapter:
-    def factors(rows: int, columns: int) -> LowRank:
-        a = torch.empty(rank, columns, dtype=torch.bfloat16, device=HOST)
-        return LowRank(a, torch.empty(rows, rank, dtype=torch.bfloat16, device=HOST), 1.0)
-
-    updates = tuple(LayerUpdate(TRANSFORMER, name, "weight", factors(*shape)) for name, shape in layers)
+    """As it is read from a file: all factors are views of one block of memory."""
+    sizes = [rank * side for _, (rows, columns) in layers for side in (columns, rows)]
+    parts = iter(torch.empty(sum(sizes), dtype=torch.bfloat16, device=HOST).split(sizes))  # type: ignore[no-untyped-call]
+    updates = tuple(
+        LayerUpdate(TRANSFORMER, name, "weight", LowRank(next(parts).view(rank, -1), next(parts).view(-1, rank), 1.0))
+        for name, _ in layers
+    )
     return LoraAdapter(digest, "random", updates)
 
 
