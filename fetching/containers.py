@@ -47,11 +47,16 @@ def check_safetensors(path: Path) -> None:
 
 
 def _check_names(header: bytes) -> None:
-    """Refuse a header that the library would accept although it names a tensor twice, or too many."""
+    """Refuse a header that the library would accept although it names a tensor twice, too many, or unprintably.
+
+    Names are shown in errors and logs, where a line break or an escape of terminals would forge lines.
+    """
     try:
         table = json.loads(header, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError):
         _refuse("its header cannot be read")
+    if isinstance(table, dict) and not all(name.isprintable() for name in table):
+        _refuse("the name of a tensor holds unprintable characters")
     count = sum(name != "__metadata__" for name in table) if isinstance(table, dict) else 0
     if count > MAX_TENSORS:
         _refuse(f"it names {count} tensors, more than {MAX_TENSORS}")

@@ -59,6 +59,8 @@ BAD = {
     "a list": (with_header([1]), "expected struct"),
     "a number": (with_header(b"33"), "expected struct"),
     "duplicate name": (with_header(b'{"a":{},"a":{}}'), "cannot be read"),
+    "name of two lines": (with_header({"a\nUsing seed: 1": entry()}, b"1234"), "unprintable characters"),
+    "name that clears a terminal": (with_header({"a\x1b[2J": entry()}, b"1234"), "unprintable characters"),
     "unknown type": (with_header({"a": entry("F99")}, b"1234"), "unknown variant `F99`"),
     "entry without type": (with_header({"a": {}}), "missing field"),
     "entry is a number": (with_header({"a": 3}), "invalid type: integer"),
