@@ -85,7 +85,8 @@ def mutated_json(rng: random.Random, value: Any) -> Any:
             case 1:
                 return {**value, name: rng.choice(ODD)(rng)}
             case 2:
-                return {(f"{key}x" if key == name else key): item for key, item in value.items()}
+                end = rng.choice(("x", "\n", "\x1b[2J", "\u202e", ".0", "q" * 5000))
+                return {(f"{key}{end}" if key == name else key): item for key, item in value.items()}
         return {**value, name: mutated_json(rng, value[name])}
     if isinstance(value, list) and value and rng.random() < 0.85:
         index = rng.randrange(len(value))

@@ -82,6 +82,7 @@ def safetensors_files() -> Iterator[Run]:
                 adapter = read_adapter(Path(file.name), manager.shapes)
             except LoraFormatError as error:
                 assert len(str(error)) < 2000
+                assert str(error).isprintable()
                 return REFUSED
         manager.apply([(adapter, 0.5)])
         manager.apply([])

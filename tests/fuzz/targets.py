@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
 
+from errors import LoraFormatError, LoraReferenceError
 from fetching.containers import check_safetensors
 from lora_loading.finding.reference import parse
 
@@ -50,3 +53,20 @@ def check_reference(text: str) -> None:
     assert reference.label.isprintable()
     reference.key.encode()
     assert str(reference.key) not in ("", text) or len(text) < LONGEST_MESSAGE
+
+
+def header(content: bytes) -> None:
+    """A whole file after one byte; where that is odd, a header without its length, before a body as long as it says."""
+    rest, words = content[1:], content[0] if content else 0
+    with suppress(LoraFormatError):
+        check_header(with_length(rest, bytes(2 * (words - 1))) if words % 2 else rest)
+
+
+def reference(content: bytes) -> None:
+    """A reference in UTF-8; bytes that are none become half surrogates, as in a broken client's JSON."""
+    with suppress(LoraReferenceError):
+        check_reference(content.decode("utf-8", "surrogateescape"))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"header": header, "reference": reference}
+"""What coverage-guided fuzzing calls with any bytes."""
