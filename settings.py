@@ -31,6 +31,8 @@ class Settings:
     """FLUX.1 [schnell], likewise; only its transformer and scheduler are loaded, the other components are dev's."""
     cache_dir: Path = Path("~/.cache/flux-predictor")
     """Where downloaded LoRA files are kept; may begin with `~`."""
+    graphs_dir: Path | None = None
+    """Where compiled graphs are kept; None for a folder in `cache_dir`. May begin with `~`."""
     cache_min_free_bytes: int = 10 * GIGABYTE
     cache_max_bytes: int | None = None
     max_download_bytes: int = 2 * GIGABYTE
@@ -79,6 +81,7 @@ class Settings:
             dev=_filled(environ, "FLUX_DEV", cls.dev),
             schnell=_filled(environ, "FLUX_SCHNELL", cls.schnell),
             cache_dir=_cache_dir(environ),
+            graphs_dir=_folder(environ, "FLUX_GRAPHS_DIR"),
             cache_min_free_bytes=_gigabytes(environ, "FLUX_CACHE_MIN_FREE_GB", cls.cache_min_free_bytes),
             cache_max_bytes=_gigabytes(environ, "FLUX_CACHE_MAX_GB", 0) or None,
             max_download_bytes=_gigabytes(environ, "FLUX_MAX_DOWNLOAD_GB", cls.max_download_bytes),
@@ -119,6 +122,11 @@ def _filled(environ: Mapping[str, str], name: str, default: str) -> str:
     if not value:
         raise SettingsError(f"{name} is empty. Set it to a Hub repository or a local folder, or unset it.")
     return value
+
+
+def _folder(environ: Mapping[str, str], name: str) -> Path | None:
+    named = _optional(environ, name)
+    return None if named is None else Path(named)
 
 
 def _cache_dir(environ: Mapping[str, str]) -> Path:

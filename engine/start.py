@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -53,7 +54,7 @@ def start_engine(profiles: tuple[ModelProfile, ...], settings: Settings, device:
     gain = settings.go_fast_lora_gain
     engine = assemble(models, scheme, device, layout, compiling=compiling, lora_gain=gain, rewrite=rewrite)
     if compiling:
-        _warm_up(engine, layout, CompileCache(settings.cache_dir.expanduser() / GRAPHS, device))
+        _warm_up(engine, layout, CompileCache(_graphs_folder(settings), device))
     return engine
 
 
@@ -77,6 +78,10 @@ def assemble(
         for model in precision.models.values():
             compile_blocks(model.pipelines[Mode.TXT2IMG].transformer)
     return Engine(exact, fast, device, layout)
+
+
+def _graphs_folder(settings: Settings) -> Path:
+    return (settings.graphs_dir or settings.cache_dir / GRAPHS).expanduser()
 
 
 def _layout(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: torch.device) -> Layout:

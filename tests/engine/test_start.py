@@ -11,7 +11,7 @@ import torch
 import torch._inductor.compile_fx
 
 from engine.profiles import model_profiles
-from engine.start import GRAPHS, start_engine
+from engine.start import start_engine
 from settings import Settings
 from tests.conftest import QUICK, request_of
 
@@ -31,13 +31,13 @@ def test_a_compiled_engine_keeps_its_graphs_and_draws_nearly_the_same(
 ) -> None:
     """The real compiler, so it takes minutes; a second start in this process finds the file."""
     profiles = model_profiles("tiny", Settings())
-    settings = Settings(compile="on", cache_dir=tmp_path)
+    settings = Settings(compile="on", cache_dir=tmp_path, graphs_dir=tmp_path / "volume")
     plain, compiled = start_engine(profiles, Settings(), CPU), start_engine(profiles, settings, CPU)
     for model in ("dev", "schnell"):
         request = request_of(**QUICK, model=model)
         images = [next(engine.generate(request)).convert("RGB").tobytes() for engine in (plain, compiled)]
         assert max(abs(a - b) for a, b in zip(*images, strict=True)) <= 8
-    assert len(list((tmp_path / GRAPHS).glob("*.graphs"))) == 1
+    assert len(list((tmp_path / "volume").glob("*.graphs"))) == 1
     with caplog.at_level(logging.INFO):
         start_engine(profiles, settings, CPU)
     assert "MB loaded in" in caplog.text
