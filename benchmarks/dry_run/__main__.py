@@ -18,26 +18,33 @@ from benchmarks.dry_run.changes import changes_table
 from benchmarks.dry_run.device import CARDS
 from benchmarks.dry_run.images import images_table
 from benchmarks.dry_run.memory import memory_table
+from benchmarks.dry_run.rewrite import rewrite_table
 from benchmarks.dry_run.steps import compiled_graphs, eager_steps, graphs_table, steps_of, steps_table
 from benchmarks.dry_run.tables import Table
+from benchmarks.dry_run.times import parts_of_an_image, times_table
 
 REPORT = Path(__file__).parents[1] / "dry-run.md"
 INTRODUCTION = f"""# FLUX.1 at full size on a device that is not there
 
 Made by `script/dry-run` with torch {torch.__version__.split("+")[0]}, diffusers {diffusers.__version__} and triton \
 {triton.__version__}, without a GPU: the engine's own code runs on tensors that have shapes and types but no memory,
-and inductor and ptxas compile its kernels for an H100. Everything below is counted; nothing is timed. Such a device
-cannot show whether numbers are right, how fast kernels are, what cuBLAS and cuDNN allocate, or how memory fragments.
+and inductor and ptxas compile its kernels for an H100. Everything below is counted; what is called modelled is worked
+out from counts. Nothing is timed. Such a device cannot show whether numbers are right, how fast kernels are, what
+cuBLAS and cuDNN allocate, or how memory fragments.
 """
 
 
 def tables() -> Iterator[Table]:
     """All tables, one after another."""
     eager, compiled = eager_steps(), compiled_graphs()
-    yield steps_table(steps_of(eager, compiled))
-    yield changes_table()[0]
+    steps = steps_of(eager, compiled)
+    yield steps_table(steps)
+    changes, counts = changes_table()
+    yield changes
+    yield times_table(steps, eager["first"], counts, parts_of_an_image())
     yield memory_table(CARDS)
     yield graphs_table(compiled)
+    yield rewrite_table()
     yield images_table()
 
 

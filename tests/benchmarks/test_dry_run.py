@@ -11,14 +11,16 @@ import torch
 
 from benchmarks.dry_run.__main__ import run
 from benchmarks.dry_run.changes import changes_table
-from benchmarks.dry_run.counting import DeviceCounter
+from benchmarks.dry_run.counting import BF16, FP8, DeviceCounter, Product
 from benchmarks.dry_run.device import DEVICE, H100, fake_device, fake_tensors
 from benchmarks.dry_run.flux import SQUARE, shortened, take_step
 from benchmarks.dry_run.graphs import Recorder, recording
 from benchmarks.dry_run.images import images_table
 from benchmarks.dry_run.memory import memory_table
+from benchmarks.dry_run.rewrite import rewrite_table
 from benchmarks.dry_run.steps import compiled_graphs, graphs_table
 from benchmarks.dry_run.tables import Table
+from benchmarks.dry_run.times import Rates, seconds
 from benchmarks.gpu.models import building
 from engine.compilation import INDUCTOR_OPTIONS, compile_blocks
 from engine.fp8 import DYNAMIC
@@ -73,8 +75,19 @@ def test_a_request_waits_and_copies_only_where_that_is_planned() -> None:
     assert len(table.rows) == 18
 
 
+@pytest.mark.slow
 def test_a_change_of_loras_stays_within_its_bounds() -> None:
     assert changes_table()[0].problems == []
+
+
+def test_the_kernel_of_lora_changes_spills_no_register_on_an_h100() -> None:
+    assert rewrite_table((3072,), ("bf16",)).problems == []
+
+
+def test_modelled_seconds_are_those_worked_out_by_hand() -> None:
+    rates = Rates(fp8=10, bf16=5, attention=2, convolution=1, bytes=4, launch_seconds=0.5, upload_bytes=1)
+    products = {Product(FP8, 20.0, 4): 2, Product(BF16, 5.0, 40): 1}
+    assert seconds(3, 8, products, rates) == 2 * 2 + 10 + 2 + 1.5
 
 
 # The counting
