@@ -2,8 +2,8 @@
 
 Every kind has `delta`: the change of a weight at scale 1, computed in float32 (float64 for a float64 weight). The
 caller multiplies it by the scale, so a change is linear in its scale: 0 is no change, -1 the opposite one. DoRA is not
-linear in PEFT; here its change at scale 1, which is PEFT's, is scaled like any other. The exception is `RowRotation`,
-whose stages are blended with the identity one by one, as LyCORIS defines it.
+linear in PEFT; here its change at scale 1, which is PEFT's, is scaled like any other. The exception is a
+`BlendedUpdate`: see `rotations`.
 
 A file's fused layer is cut by `take_rows`: its rows go to several layers, or in another order to one.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ class Update(Protocol):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that it holds; other updates may share some."""
+
+
+@runtime_checkable
+class BlendedUpdate(Update, Protocol):
+    """A change that is not linear in its scale."""
+
+    def blended(self, weight: Tensor, weight_of: WeightOf, scale: float) -> Tensor:
+        """What is added to the pristine `weight` at a scale; on its device."""
 
 
 class Gains:
@@ -71,11 +79,11 @@ def merged(
         weight_of: the pristine weights of the component's other layers.
         gains: where DoRA's gains for these pristine weights are kept.
     """
-    total = weight.to(_work_dtype(weight), copy=True)
+    total = weight.to(work_dtype(weight), copy=True)
     for update, scale in updates:
         if isinstance(update, LowRank):
-            total.addmm_(_like(update.b, weight), _like(update.a, weight), alpha=update.scale * scale)
-        elif isinstance(update, RowRotation):
+            total.addmm_(like(update.b, weight), like(update.a, weight), alpha=update.scale * scale)
+        elif isinstance(update, BlendedUpdate):
             total += update.blended(weight, weight_of, scale)
         elif isinstance(update, Dora):
             gain = (gains or Gains()).of(update, weight, weight_of)
@@ -106,11 +114,11 @@ class LowRank:
 
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """B @ A, scaled."""
-        return (_like(self.b, weight) @ _like(self.a, weight)) * self.scale
+        return (like(self.b, weight) @ like(self.a, weight)) * self.scale
 
     def take_rows(self, rows: Rows) -> LowRank:
         """Rows of B; A is shared."""
-        return replace(self, b=_rows_of(self.b, rows))
+        return replace(self, b=rows_of(self.b, rows))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Both factors."""
@@ -131,12 +139,12 @@ class LoHa:
 
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """The product of the two low-rank matrices, scaled."""
-        w1 = _like(self.w1_a, weight) @ _like(self.w1_b, weight)
-        return w1 * (_like(self.w2_a, weight) @ _like(self.w2_b, weight)) * self.scale
+        w1 = like(self.w1_a, weight) @ like(self.w1_b, weight)
+        return w1 * (like(self.w2_a, weight) @ like(self.w2_b, weight)) * self.scale
 
     def take_rows(self, rows: Rows) -> LoHa:
         """Rows of both left factors."""
-        return replace(self, w1_a=_rows_of(self.w1_a, rows), w2_a=_rows_of(self.w2_a, rows))
+        return replace(self, w1_a=rows_of(self.w1_a, rows), w2_a=rows_of(self.w2_a, rows))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The four factors."""
@@ -157,7 +165,7 @@ class LoKr:
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """The Kronecker product's rows, scaled."""
         product = torch.kron(_product(self.w1, weight), _product(self.w2, weight)) * self.scale
-        return product if self.rows is None else _rows_of(product, self.rows)
+        return product if self.rows is None else rows_of(product, self.rows)
 
     def take_rows(self, rows: Rows) -> LoKr:
         """The same product, of which these rows are used."""
@@ -176,11 +184,11 @@ class Full:
 
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """The difference itself."""
-        return _like(self.difference, weight)
+        return like(self.difference, weight)
 
     def take_rows(self, rows: Rows) -> Full:
         """Rows of the difference."""
-        return Full(_rows_of(self.difference, rows))
+        return Full(rows_of(self.difference, rows))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The difference."""
@@ -195,11 +203,11 @@ class Value:
 
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """New minus old."""
-        return _like(self.value, weight) - _like(weight, weight)
+        return like(self.value, weight) - like(weight, weight)
 
     def take_rows(self, rows: Rows) -> Value:
         """Rows of the value."""
-        return Value(_rows_of(self.value, rows))
+        return Value(rows_of(self.value, rows))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The value."""
@@ -223,22 +231,22 @@ class Dora:
     def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """The new weight minus the old one: (gain - 1) * W + gain * the inner change."""
         gain = self.gain(weight, weight_of)
-        return (gain - 1) * _like(weight, weight) + gain * self.inner.delta(weight, weight_of)
+        return (gain - 1) * like(weight, weight) + gain * self.inner.delta(weight, weight_of)
 
     def gain(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """magnitude / |V|, of the magnitude's shape; 0 where V is 0."""
         if self.column:
             norm = self._column_norm(weight_of)
         else:
-            new = _like(weight, weight) + self.inner.delta(weight, weight_of)
+            new = like(weight, weight) + self.inner.delta(weight, weight_of)
             norm = torch.linalg.vector_norm(new, dim=1, keepdim=True)
-        return torch.where(norm > 0, _like(self.magnitude, weight) / norm, 0)
+        return torch.where(norm > 0, like(self.magnitude, weight) / norm, 0)
 
     def add_to(self, total: Tensor, weight: Tensor, weight_of: WeightOf, gain: Tensor, scale: float) -> None:
         """Add the change at a scale to `total`, with its gain known: no more work than a LoRA's."""
-        total.addcmul_(_like(weight, weight), gain - 1, value=scale)
+        total.addcmul_(like(weight, weight), gain - 1, value=scale)
         if isinstance(self.inner, LowRank):
-            a, b, factor = _like(self.inner.a, weight), _like(self.inner.b, weight), self.inner.scale * scale
+            a, b, factor = like(self.inner.a, weight), like(self.inner.b, weight), self.inner.scale * scale
             b, a = (b * gain, a) if gain.shape[1] == 1 else (b, a * gain)
             total.addmm_(b, a, alpha=factor)
         else:
@@ -248,13 +256,13 @@ class Dora:
         squares: list[Tensor] = []
         for name, inner in self.column:
             weight = weight_of(name)
-            whole = _like(weight, weight) + inner.delta(weight, weight_of)
+            whole = like(weight, weight) + inner.delta(weight, weight_of)
             squares.append(whole.square().sum(dim=0, keepdim=True))
         return torch.stack(squares).sum(dim=0).sqrt()
 
     def take_rows(self, rows: Rows) -> Dora:
         """Rows of the inner change, and of the magnitude if it has rows."""
-        magnitude = self.magnitude if self.column else _rows_of(self.magnitude, rows)
+        magnitude = self.magnitude if self.column else rows_of(self.magnitude, rows)
         return replace(self, inner=self.inner.take_rows(rows), magnitude=magnitude)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -262,167 +270,24 @@ class Dora:
         return *self.inner.tensors(), self.magnitude
 
 
-@dataclass(frozen=True)
-class RowRotation:
-    """OFT or BOFT over the rows of the file's layer, as LyCORIS and kohya write them: W' = rescale * R W.
-
-    Each stage multiplies blocks of rows by orthogonal matrices, the Cayley transforms (I + Q) / (I - Q) of
-    Q = blocks - blocks^T. OFT has one stage and multiplies by the transposes; BOFT has several, between which the rows
-    are interleaved. At a scale s each stage is I + s (R - I), and the rescaling 1 + s (rescale - 1): linear in s for
-    one stage without rescaling alone. Source: OFT, Qiu et al. 2023; BOFT, Liu et al. 2023; LyCORIS, `functional.boft`.
-    """
-
-    blocks: Tensor
-    """(stages, blocks, size, size)"""
-    constraint: float | None
-    """The greatest norm of Q over all blocks, None for no limit."""
-    butterfly: bool
-    """BOFT."""
-    rescale: Tensor | None = None
-    """(rows, 1)"""
-    sources: tuple[tuple[str, Rows], ...] = ()
-    """For a file's layer that is not one layer of the model: the layers, and their rows in it."""
-    rows: Rows | None = None
-    """The rows of the file's layer that are used; None for all."""
-
-    def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
-        """The rotated rows minus the old ones."""
-        return self.blended(weight, weight_of, 1.0)
-
-    def blended(self, weight: Tensor, weight_of: WeightOf, scale: float) -> Tensor:
-        """The change at a scale."""
-        old = new = self._file_weight(weight, weight_of)
-        identity = torch.eye(self.blocks.shape[-1], dtype=old.dtype, device=old.device)
-        for stage, rotation in enumerate(_cayley(self._skew(weight))):
-            blended = identity + scale * (rotation - identity)
-            new = _butterfly(new, blended, stage) if self.butterfly else _blockwise(new, blended.mT)
-        if self.rescale is not None:
-            new = new * (1 + scale * (_like(self.rescale, weight) - 1))
-        return new - old if self.rows is None else _rows_of(new - old, self.rows)
-
-    def _skew(self, weight: Tensor) -> Tensor:
-        blocks = _like(self.blocks, weight)
-        skew = blocks - blocks.mT
-        if self.constraint is None:
-            return skew
-        norm: Tensor = torch.linalg.vector_norm(skew)
-        return skew * (self.constraint / (norm + 1e-8)).clamp(max=1)
-
-    def _file_weight(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
-        """The weight as the file sees it: (rows, in)."""
-        if not self.sources:
-            return _like(weight, weight)
-        count = sum(stop - start for _, rows in self.sources for start, stop in rows)
-        whole = torch.empty(count, weight.shape[1], dtype=_work_dtype(weight), device=weight.device)
-        for name, rows in self.sources:
-            piece, at = _like(weight_of(name), weight), 0
-            for start, stop in rows:
-                whole[start:stop] = piece[at : at + stop - start]
-                at += stop - start
-        return whole
-
-    def take_rows(self, rows: Rows) -> RowRotation:
-        """The same rotation, of which these rows are used."""
-        return replace(self, rows=rows)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The blocks, and the rescaling if there is one."""
-        return (self.blocks,) if self.rescale is None else (self.blocks, self.rescale)
-
-
-@dataclass(frozen=True)
-class ColumnRotation:
-    """OFT or BOFT over the columns of a layer, as PEFT writes them: W' = row_scale * W R^T.
-
-    R is block-diagonal in each stage, of the Cayley transforms (I - Q) / (I + Q), or for OFT of their series in Q. PEFT
-    defines no scale; here the change is linear in it. Source: PEFT, `tuners.oft.layer` and `tuners.boft.layer`.
-    """
-
-    skew: Tensor
-    """(stages, blocks, size, size): Q. One block stands for all if it alone does not cover the columns."""
-    neumann_terms: int | None
-    """How many terms of the series, None for the exact transform."""
-    row_scale: Tensor | None
-    """(out, 1)"""
-
-    def delta(self, weight: Tensor, weight_of: WeightOf) -> Tensor:
-        """The layer with rotated columns minus the old one."""
-        old = _like(weight, weight)
-        new = old.T
-        skew = _like(self.skew, weight)
-        rotations = _cayley(-skew) if self.neumann_terms is None else _neumann(skew, self.neumann_terms)
-        for stage, rotation in enumerate(rotations):
-            new = _butterfly_sorted(new, rotation, stage) if len(rotations) > 1 else _blockwise(new, rotation)
-        new = new.T if self.row_scale is None else new.T * _like(self.row_scale, weight)
-        return new - old
-
-    def take_rows(self, rows: Rows) -> ColumnRotation:
-        """The same rotation, since it acts on each row alike, and the rows' scales."""
-        return self if self.row_scale is None else replace(self, row_scale=_rows_of(self.row_scale, rows))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The blocks, and the rows' scales if there are any."""
-        return (self.skew,) if self.row_scale is None else (self.skew, self.row_scale)
-
-
-def _cayley(skew: Tensor) -> Tensor:
-    """(I + Q) / (I - Q) for each block: orthogonal, since Q is skew-symmetric."""
-    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    rotation: Tensor = torch.linalg.solve(identity - skew, identity + skew)
-    return rotation
-
-
-def _neumann(skew: Tensor, terms: int) -> Tensor:
-    """PEFT's series of the transform: I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1); it computes three terms as four."""
-    last = terms - 1 if terms != 3 else 3
-    total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
-    power = skew
-    for exponent in range(1, last + 1):
-        total = total + power * (1 if exponent == last > 1 else 2)
-        power = power @ skew
-    return total
-
-
-def _blockwise(rows: Tensor, blocks: Tensor) -> Tensor:
-    """Each block of rows multiplied from the left by its matrix; one matrix may stand for all."""
-    size = blocks.shape[-1]
-    return (blocks @ rows.reshape(-1, size, rows.shape[1])).flatten(0, 1)
-
-
-def _butterfly(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
-    """A stage of LyCORIS' BOFT: rows that are 2^stage half blocks apart are neighbours while the blocks act."""
-    apart, columns = 2**stage * blocks.shape[-1] // 2, rows.shape[1]
-    paired = rows.reshape(-1, 2, apart, columns).transpose(1, 2).flatten(0, 2)
-    return _blockwise(paired, blocks).reshape(-1, apart, 2, columns).transpose(1, 2).flatten(0, 2)
-
-
-def _butterfly_sorted(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
-    """A stage of PEFT's BOFT: in groups of 2^stage blocks, the even half blocks come before the odd ones."""
-    half = blocks.shape[-1] // 2
-    order = torch.arange(rows.shape[0], device=rows.device).reshape(-1, 2**stage, 2, half)
-    order = order.transpose(1, 2).reshape(-1)
-    unsorted = torch.empty_like(rows)
-    unsorted[order] = rows
-    return _blockwise(unsorted, blocks)[order]
-
-
-def _work_dtype(weight: Tensor) -> torch.dtype:
+def work_dtype(weight: Tensor) -> torch.dtype:
+    """In which type changes of a weight are computed."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _like(tensor: Tensor, weight: Tensor) -> Tensor:
+def like(tensor: Tensor, weight: Tensor) -> Tensor:
     """The tensor on the weight's device, in the type to work in."""
-    return tensor.to(weight.device, non_blocking=True).to(_work_dtype(weight))
+    return tensor.to(weight.device, non_blocking=True).to(work_dtype(weight))
 
 
 def _product(factors: tuple[Tensor, ...], weight: Tensor) -> Tensor:
-    first, *rest = (_like(factor, weight) for factor in factors)
+    first, *rest = (like(factor, weight) for factor in factors)
     for factor in rest:
         first = first @ factor
     return first
 
 
-def _rows_of(tensor: Tensor, rows: Rows) -> Tensor:
+def rows_of(tensor: Tensor, rows: Rows) -> Tensor:
     """A view where the rows are one range, else a copy."""
     parts = [tensor[start:stop] for start, stop in rows]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -21,6 +21,7 @@ ROOMS = (
     "lora_loading.shapes",
     "lora_loading.known_models",
     "lora_loading.updates",
+    "lora_loading.rotations",
     "lora_loading.finding",
     "lora_loading.reading",
     "lora_loading.applying",

@@ -13,8 +13,9 @@ from errors import LoraFormatError
 from lora_loading.reading.fit import Change, block_size
 from lora_loading.reading.formats.targets import Target
 from lora_loading.reading.metadata import PeftSettings
+from lora_loading.rotations import ColumnRotation, RowRotation
 from lora_loading.shapes import Rows
-from lora_loading.updates import ColumnRotation, Dora, Full, LoHa, LoKr, LowRank, RowRotation, Update, Value
+from lora_loading.updates import Dora, Full, LoHa, LoKr, LowRank, Update, Value
 
 
 @dataclass(frozen=True)

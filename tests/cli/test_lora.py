@@ -26,6 +26,7 @@ from lora_loading.shapes import ModelShapes
 from tests import lora_files as files
 from tests.lora_files import Tensors, changes_of, save
 from tests.paths import LORAS, PROJECT
+from tests.services import StoredFile, running_services
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,15 @@ def test_quick_reads_no_data(tmp_path: Path, shapes: ModelShapes) -> None:
     path = save(tmp_path / "x.safetensors", files.kohya(changes_of(shapes)))
     assert "+++  attention" in printed(path, "--quick")[1]
     assert as_json(path, "--quick")["norm"] is None
+
+
+def test_a_reference_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (LORAS / "tok-style.safetensors").read_bytes()
+    with running_services() as services:
+        address = services.storage.put("/style.safetensors", StoredFile(content))
+        monkeypatch.setenv("FLUX_TRUSTED_HOSTS", ",".join(services.trusted_hosts))
+        monkeypatch.setenv("FLUX_CACHE_DIR", str(tmp_path))
+        assert as_json(address)["format"] == "diffusers: LoRA"
 
 
 @pytest.mark.parametrize("name", ["CHANGELOG.md", "tests", "no/such/thing/at/all"])

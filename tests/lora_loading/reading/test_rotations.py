@@ -19,8 +19,8 @@ from errors import LoraFormatError
 from lora_loading.applying.manager import AdapterManager, ComponentAdapters
 from lora_loading.reading.adapter import LoraAdapter, read_adapter
 from lora_loading.reading.formats.bfl import bfl_targets
+from lora_loading.rotations import ColumnRotation
 from lora_loading.shapes import TRANSFORMER, ModelShapes, adaptable_layers, shapes_of
-from lora_loading.updates import ColumnRotation
 from tests.lora_files import Tensors, save
 from tests.tiny_models import narrow_transformer
 
