@@ -82,7 +82,7 @@ def serve(desk: Desk, port: int) -> None:
     import gradio as gr
     import uvicorn
 
-    from studio.page import CSS, READABLE, Page
+    from studio.page import CSS, HEAD, READABLE, Page
 
     blocks = Page(desk).build()
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(**READABLE)
@@ -99,6 +99,7 @@ def serve(desk: Desk, port: int) -> None:
         ssr_mode=False,
         theme=theme,
         css=CSS,
+        head=HEAD,
     )
     config = uvicorn.Config(
         Guard(app, port), host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1, proxy_headers=False

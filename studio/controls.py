@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
 
 from studio import painting
 from studio.form import Attachment, Field, parsed
@@ -18,8 +20,7 @@ GROUPS = {
 }
 """Folded sections, by the kind of field that opens them. A LoRA's scale, the field after it, goes with it."""
 
-PAINT = ("#e6007e", 0.65)
-"""Seen on any image, which shows through; its alpha is above `painting.OPAQUE`."""
+PAINT = (f"rgb{painting.PAINT[:3]}", painting.PAINT[3] / 255)
 
 
 def control(field: Field, references: Sequence[str] = ()) -> Any:
@@ -134,7 +135,9 @@ def canvas(image: Path | None, mask: Path | None = None) -> dict[str, Any] | Non
         return None
     background = painting.upright(image)
     layers = [] if mask is None else [painting.layer_of(mask, background.size)]
-    return {"background": background, "layers": layers, "composite": None}
+    # as JPEG, which the browser gets many times faster; what is sent is the image itself
+    shown = save_pil_to_cache(background, tempfile.gettempdir(), "background", "jpeg")
+    return {"background": shown, "layers": layers, "composite": None}
 
 
 def shown(fields: Sequence[Field], inputs: Mapping[str, Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,12 @@ READABLE = {
 }
 """Colours of Gradio's theme with a contrast of 4.5 to 1, as WCAG AA asks."""
 CSS = """
-.plain > .styler { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); }
+body:not(.dark) button[role="tab"].selected { color: #b93e04 !important; }
+.plain .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); }
+.plain .form > * { background: var(--block-background-fill); }
+#images .grid-wrap, #history .grid-wrap { padding-top: 2rem; }
 #images .grid-container { grid-auto-rows: minmax(0, 380px); }
+#images .grid-container:has(> :nth-child(3)) { grid-auto-rows: 190px; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); grid-auto-rows: 96px; }
 .message { white-space: pre-wrap; overflow-wrap: anywhere; }
 .message progress { width: 100%; height: 1rem; }
@@ -45,6 +49,13 @@ CSS = """
 table.inputs { border-collapse: collapse; width: 100%; }
 table.inputs td, table.inputs th { text-align: left; padding: .2rem .6rem; overflow-wrap: anywhere; }
 """
+HEAD = """<script>
+new MutationObserver(() => {
+  for (const empty of document.querySelectorAll('div[aria-label="Empty value"]:not([role])'))
+    empty.setAttribute("role", "img");
+}).observe(document, { childList: true, subtree: true });
+</script>"""
+"""Gradio 6.31 gives its empty galleries an aria-label and no role; to be deleted when axe finds nothing without it."""
 
 
 class Page:
@@ -54,11 +65,15 @@ class Page:
         self.desk = desk
         self.running: dict[str, Prediction | None] = {}
         """By browser tab: the prediction that runs there; None while it is being made."""
+        self.marked: dict[str, set[str]] = {}
+        """By browser tab: the fields that are marked as refused."""
 
     def build(self) -> Any:
         """Return the Gradio application."""
         with gr.Blocks(title="FLUX studio", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
-            gr.Markdown(f"# FLUX studio\nPredictions by `{self.desk.server.url}`. Runs are kept in `{self.desk.root}`.")
+            gr.Markdown(
+                f"# FLUX studio\nPredictions by `{self.desk.server.url}`. Runs are kept in `{self.desk.root.name}`."
+            )
             with gr.Row():
                 with gr.Column(scale=5, min_width=320):
                     self._form()
@@ -182,7 +197,7 @@ class Page:
             button.click(self.on_side, self.selected, side, **free).then(self.on_pair, self.pair, self.table, **free)
         image, mask = self.controls.get("image"), self.controls.get("mask")
         if image is not None and mask is not None:
-            gr.on([image.upload, image.clear], self.on_image, image, mask, **free)
+            gr.on([image.upload, image.clear, mask.clear], self.on_image, image, mask, **free)
             self.use.click(self.on_use, self.selected, [image, mask], **free)
             self.clear_mask.click(self.on_image, image, mask, **free)
             self.upload_mask.upload(self.on_mask, [image, self.upload_mask], mask, **free)
@@ -204,10 +219,10 @@ class Page:
             return
         self.running[tab] = None
         try:
-            yield self._show(View("Sent."), first=True)
+            yield self._show(View("Sent."), first=True) | self._mark(tab, {})
             with tempfile.TemporaryDirectory(prefix="mask-") as folder:
                 for view in work(self.desk, jobs(Path(folder)), lambda prediction: self._started(tab, prediction)):
-                    yield self._show(view)
+                    yield self._show(view) | self._mark(tab, view.refused)
         except (StudioError, OSError) as error:
             yield self._show(View(str(error), "error"))
         finally:
@@ -299,23 +314,35 @@ class Page:
             self.cancel: gr.update(interactive=running),
         }
         if view.runs or first:
-            shown[self.images] = [
-                (str(file), _caption(run, i)) for run in view.runs for i, file in enumerate(run.images)
-            ]
+            shown[self.images] = self._results_of(view.runs)
         if view.runs:
             shown |= dict(zip((self.history, self.listed), self._listing(), strict=True))
             picked = self._picked((view.runs[-1].name, 0))
             shown |= dict(zip((self.selected, self.facts, *self.code), picked, strict=True))
-        if first or view.refused:
-            shown |= {
-                self.controls[field.name]: gr.update(elem_classes=["refused"] if field.name in view.refused else [])
-                for field in self.desk.fields
-            }
         return shown
+
+    def _results_of(self, ended: Sequence[Run]) -> list[tuple[str, str]]:
+        """The images of a run, or of a sweep's runs with the input that differs."""
+        changed = {
+            name for run in ended for name, _, _ in runs.differences(ended[0].inputs, run.inputs, self.desk.fields)
+        }
+        swept = [field for field in self.desk.fields if field.name in changed]
+        return [
+            (file, ", ".join(f"{f.label} {run.inputs.get(f.name, f.default)}" for f in swept) or caption)
+            for run in ended
+            for file, caption in _captioned(run)
+        ]
+
+    def _mark(self, tab: str, refused: Mapping[str, str]) -> dict[Any, Any]:
+        """Mark the controls of refused inputs, and unmark the others."""
+        before, now = self.marked.pop(tab, set()), set(refused) & set(self.controls)
+        if now:
+            self.marked[tab] = now
+        return {self.controls[name]: gr.update(elem_classes=["refused"] * (name in now)) for name in before ^ now}
 
     def _listing(self) -> tuple[list[tuple[str, str]], list[tuple[str, int]]]:
         all_kept = runs.kept(self.desk.root)[:SHOWN_RUNS]
-        images = [(str(file), _caption(run, i)) for run in all_kept for i, file in enumerate(run.images)]
+        images = [image for run in all_kept for image in _captioned(run)]
         return images, [(run.name, i) for run in all_kept for i in range(len(run.images))]
 
     def _picked(self, selected: tuple[str, int]) -> list[Any]:
@@ -335,9 +362,9 @@ def _typed(field: Field, text: str) -> Any:
     return text.lower() in ("true", "yes", "1") if field.kind == "boolean" else text
 
 
-def _caption(run: Run, index: int) -> str:
+def _captioned(run: Run) -> list[tuple[str, str]]:
     seed = run.inputs.get("seed")
-    return "" if seed is None else f"seed {int(seed) + index}"
+    return [(str(file), "" if seed is None else f"seed {int(seed) + i}") for i, file in enumerate(run.images)]
 
 
 def _said(value: Any) -> str:

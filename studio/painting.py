@@ -9,6 +9,9 @@ from PIL import Image, ImageChops, ImageOps
 OPAQUE = 128
 """From this alpha or brightness on a pixel is repainted: what is half covered by a stroke's soft edge counts."""
 
+PAINT = (230, 0, 126, 166)
+"""The colour of strokes: the image shows through, and the alpha is above `OPAQUE`."""
+
 
 def upright(path: Path) -> Image.Image:
     """Return an image turned as its EXIF says, RGB, transparency over white: the server looks at it so too."""
@@ -31,11 +34,11 @@ def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image | N
 
 
 def layer_of(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Return a mask file as strokes: RGBA, of this size, white where the mask is bright, else transparent."""
+    """Return a mask file as strokes: RGBA, of this size, painted where the mask is bright, else clear."""
     mask = upright(path).convert("L")
     fitted = mask if mask.size == size else mask.resize(size, Image.Resampling.NEAREST)
-    layer = Image.new("RGBA", size, (255, 255, 255, 255))
-    layer.putalpha(_black_and_white(fitted))
+    layer = Image.new("RGBA", size, PAINT)
+    layer.putalpha(_black_and_white(fitted).point([PAINT[3] if value else 0 for value in range(256)]))
     return layer
 
 

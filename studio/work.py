@@ -75,7 +75,7 @@ def work(desk: Desk, jobs: Sequence[Inputs], start: Callable[[Prediction], bool]
                 ended = (*ended, *view.runs)
                 yield replace(view, message=where + view.message, state="running", runs=ended)
             seed = ended[-1].inputs.get("seed")
-        yield replace(view, runs=ended)
+        yield replace(view, message=f"{len(jobs)} runs; the last: " * (len(jobs) > 1) + view.message, runs=ended)
     except RefusedError as error:
         yield View(f"The server refused {error}", "error", refused=dict(error.fields), runs=ended)
     except StudioError as error:
@@ -168,7 +168,7 @@ def _ended(document: dict[str, Any], run: Run, log: str) -> View:
         message += " The server uploads its images elsewhere: " + ", ".join(map(str, document["output"]))
     if withheld:
         message += f" The safety checker withheld {withheld} more."
-    loras = [line for line in log.splitlines() if line.startswith("LoRA ")]
+    loras = [line for line in log.splitlines() if line.startswith("LoRA ") and ": scale " in line]
     message = "\n".join((message, *loras))
     return View(message, "warning" if withheld else "done", 1.0, log, runs=(run,))
 
