@@ -23,13 +23,8 @@ GROUPS = {
 PAINT = (f"rgb{painting.PAINT[:3]}", painting.PAINT[3] / 255)
 
 
-def control(field: Field, references: Sequence[str] = ()) -> Any:
-    """Return the Gradio component of a field.
-
-    Args:
-        field: whose name becomes the element's id.
-        references: LoRAs of earlier runs, offered as choices.
-    """
+def control(field: Field) -> Any:
+    """Return the Gradio component of a field, whose name becomes the element's id."""
     named = {"label": field.label + _bounds(field), "elem_id": f"input-{field.name}", "min_width": 240}
     said = {**named, "info": field.description, "value": field.default}
     match field.kind:
@@ -55,7 +50,7 @@ def control(field: Field, references: Sequence[str] = ()) -> Any:
         case "secret":
             return gr.Textbox(**said, type="password")
         case "lora":
-            return gr.Dropdown(**said, choices=list(references), allow_custom_value=True)
+            return gr.Textbox(**said, lines=2, max_lines=5, placeholder="owner/name, an address, or @file.safetensors")
         case "integer" | "number" if _has_slider(field):
             step = 1 if field.kind == "integer" else 0.05
             return gr.Slider(field.minimum, field.maximum, step=step, **said)

@@ -87,12 +87,6 @@ class Page:
 
     def _form(self) -> None:
         self.controls: dict[str, Any] = {}
-        used = dict.fromkeys(
-            str(run.inputs[f.name])
-            for run in runs.kept(self.desk.root)
-            for f in self.desk.fields
-            if f.kind == "lora" and isinstance(run.inputs.get(f.name), str)
-        )
         required = [field for field in self.desk.fields if field.required]
         for field in required:
             self.controls[field.name] = control(field)
@@ -102,15 +96,15 @@ class Page:
         for title, fields in sections([field for field in self.desk.fields if not field.required]):
             if title is None:
                 with gr.Group(elem_classes="plain"):
-                    self._add(fields, list(used))
+                    self._add(fields)
                 continue
             with gr.Accordion(title, open=False, elem_id=f"section-{title.split()[0].lower()}"):
-                self._add(fields, list(used))
+                self._add(fields)
         self.controls = {field.name: self.controls[field.name] for field in self.desk.fields}
 
-    def _add(self, fields: Sequence[Field], references: Sequence[str]) -> None:
+    def _add(self, fields: Sequence[Field]) -> None:
         for field in fields:
-            self.controls[field.name] = control(field, references)
+            self.controls[field.name] = control(field)
             if field.kind == "image":
                 gr.Markdown(field.description)
             if field.kind == "mask":
