@@ -1,12 +1,15 @@
 """One predictor as a child of a replica: the project's own server, in the project's own environment.
 
-Between the replica and the server stands this module run as a program: it ends the server when its standard input
-closes, which the kernel does however the replica ends.
+Between the replica and the server stands a guardian: this module, run as a program. It ends the server when its own
+standard input closes, which the kernel does however the replica ends. It leaves the replica's process tree, since Ray
+kills the children of a worker that ends, and a killed guardian guards nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -18,6 +21,8 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 SERVER = (str(PROJECT / ".venv" / "bin" / "python"), "-m", "cli.serve")
 GRACE_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2) on Linux."""
 
 
 class Child:
@@ -25,13 +30,14 @@ class Child:
 
     def __init__(self) -> None:
         self.port = free_port()
-        self._process = subprocess.Popen(
+        self._guardian = subprocess.Popen(
             [sys.executable, "-m", "cluster.child", *SERVER, "--port", str(self.port)],
             cwd=PROJECT,
             env={**os.environ, "PYTHONPATH": str(PROJECT)},
             stdin=subprocess.PIPE,
-            start_new_session=True,
+            stdout=subprocess.PIPE,
         )
+        self._guardian.wait()  # it goes on in a process that is not our child
 
     @property
     def address(self) -> str:
@@ -40,15 +46,17 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.poll() is None
+        """Whether it has not ended: the guardian holds its standard output open, and writes nothing."""
+        return not self._ends_within(0)
 
     def end(self) -> None:
         """End it and wait for it."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(2 * GRACE_SECONDS)
+        if self._guardian.stdin is not None:
+            self._guardian.stdin.close()
+        self._ends_within(2 * GRACE_SECONDS)
+
+    def _ends_within(self, seconds: float) -> bool:
+        return bool(self._guardian.stdout and select.select([self._guardian.stdout], [], [], seconds)[0])
 
 
 def free_port() -> int:
@@ -59,11 +67,16 @@ def free_port() -> int:
         return port
 
 
-def main() -> None:
-    """Run a command until it ends or standard input closes; its exit status is ours."""
-    server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def guard(command: list[str]) -> None:
+    """Run a command until it ends or standard input closes. What it prints goes to standard error."""
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        preexec_fn=_end_with_guardian,  # no thread runs yet
+    )
 
-    def end_with_parent() -> None:
+    def end_with_replica() -> None:
         sys.stdin.buffer.read()
         for _ in range(2):  # the second one does not wait for a running prediction
             server.send_signal(signal.SIGTERM)
@@ -74,8 +87,22 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             server.kill()
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.exit(server.wait())
+    threading.Thread(target=end_with_replica, daemon=True).start()
+    server.wait()
+
+
+def _end_with_guardian() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies, where it can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main() -> None:
+    """Leave the process tree, then guard."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    guard(sys.argv[1:])
 
 
 if __name__ == "__main__":

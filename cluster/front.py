@@ -9,12 +9,13 @@ import math
 import time
 import uuid
 from collections.abc import Mapping
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -153,7 +154,8 @@ class Front:
 
     def _begin(self, running: Running) -> asyncio.Task[tuple[int, bytes]]:
         self._running[running.prediction.id] = running
-        running.task = asyncio.create_task(self._run(running))  # kept, so that it is not collected
+        # In a context of its own: with a request, Serve cancels all that was begun in the request's context.
+        running.task = asyncio.create_task(self._run(running), context=Context())
         return running.task
 
     async def _run(self, running: Running) -> tuple[int, bytes]:
@@ -204,6 +206,8 @@ class Front:
             except RayActorError:
                 RETRIES.inc()
                 logger.warning("prediction %s: its replica was lost, so it is begun again", prediction.id)
+            except RequestCancelledError:
+                return 200, _document(running, "canceled")
             except (RayError, RayServeException) as error:
                 logger.exception("prediction %s", prediction.id)
                 return 200, _document(running, "failed", f"The fleet could not run it: {type(error).__name__}.")
@@ -218,8 +222,9 @@ class Front:
         cancelled = asyncio.ensure_future(running.cancelled.wait())
         try:
             await asyncio.wait([result, cancelled], return_when=asyncio.FIRST_COMPLETED)
-            if result.done():
+            if result.done() and not result.cancelled():
                 return result.result()
+            running.cancelled.set()
             response.cancel()
             result.add_done_callback(lambda done: done.cancelled() or done.exception())
             return 200, _document(running, "canceled")
@@ -310,6 +315,6 @@ async def _awaited(response: Any) -> tuple[int, bytes]:  # noqa: ANN401
 
 
 async def _disconnected(request: Request) -> None:
-    """Return when the client is gone."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
+    """Return when the client is gone. Starlette's `is_disconnected` does not wait, so it never hears it from Serve."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

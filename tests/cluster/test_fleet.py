@@ -91,6 +91,8 @@ class Fleet:
     url: str
     process: subprocess.Popen[str]
     log: Path
+    mark: str
+    """A variable of its environment."""
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, Any], Any]:
         data = None if body is None else json.dumps(body).encode()
@@ -120,15 +122,16 @@ class Fleet:
 
 def start(port: int, log: Path, *options: str) -> Fleet:
     command = [str(PROJECT / "script" / "fleet"), "--port", str(port), *options]
+    environment = {**os.environ, "FLUX_CACHE_DIR": str(log.parent / "cache"), "FLUX_CACHE_MIN_FREE_GB": "0"}
     process = subprocess.Popen(
-        command, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     deadline = time.monotonic() + READY_SECONDS
     while "ready on" not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)
-    return Fleet(f"http://127.0.0.1:{port}", process, log)
+    return Fleet(f"http://127.0.0.1:{port}", process, log, f"FLUX_CACHE_DIR={environment['FLUX_CACHE_DIR']}")
 
 
 def stop(fleet: Fleet, seconds: float = 120) -> int:
@@ -143,10 +146,7 @@ def stop(fleet: Fleet, seconds: float = 120) -> int:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FLUX_CACHE_DIR", str(folder / "cache"))
-        environment.setenv("FLUX_CACHE_MIN_FREE_GB", "0")
-        fleet = start(free_port(), folder / "log", "--replicas", "2", "--queue", str(QUEUE))
+    fleet = start(free_port(), folder / "log", "--replicas", "2", "--queue", str(QUEUE))
     yield fleet
     stop(fleet)
 
@@ -170,25 +170,21 @@ def processes() -> dict[int, str]:
     return found
 
 
-def descendants(root: int) -> dict[int, str]:
-    """Those of a process, and theirs, with their command lines; Ray's are found by the folder of its session."""
-    every = processes()
-    parents = {}
-    for pid in every:
+def family_of(fleet: Fleet) -> dict[int, str]:
+    """The fleet's processes, known by a variable that they inherit, with their command lines."""
+    family = {}
+    for pid, command in processes().items():
         try:
-            parents[pid] = int(
-                re.sub(r".*\) . (\d+) .*", r"\1", Path(f"/proc/{pid}/stat").read_text().replace("\n", " "))
-            )
-        except (OSError, ValueError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
             continue
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return {pid: every[pid] for pid in family if pid in every}
+        if fleet.mark.encode() in environment.split(b"\0"):
+            family[pid] = command
+    return family
 
 
 def victims(fleet: Fleet, pattern: str) -> list[int]:
-    return sorted(pid for pid, command in descendants(fleet.process.pid).items() if re.search(pattern, command))
+    return sorted(pid for pid, command in family_of(fleet).items() if re.search(pattern, command))
 
 
 def test_answers_are_those_of_one_predictor(fleet: Fleet, golden: Any) -> None:
@@ -247,7 +243,8 @@ def test_one_id_runs_once(fleet: Fleet, webhooks: Webhooks) -> None:
 PLACES = {
     "the worker": "coglet.server._run_worker",
     "the server": "cog.server.http",
-    "the supervisor": r"-m cli\.serve",
+    "the guardian": r"-m cluster\.child",
+    "the supervisor": r"^\S*/\.venv/bin/python -m cli\.serve",
     "a replica": r"ray::ServeReplica:flux:replica",
     "a front": r"ray::ServeReplica:flux:front",
     "the ledger": r"ray::Ledger",
@@ -290,7 +287,7 @@ def test_a_client_that_goes_away_frees_its_place(fleet: Fleet) -> None:
 
 
 def test_one_port_is_open_and_all_else_is_on_loopback_or_named(fleet: Fleet) -> None:
-    family = descendants(fleet.process.pid)
+    family = family_of(fleet)
     inodes = {}
     for pid in family:
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -315,7 +312,7 @@ def test_one_port_is_open_and_all_else_is_on_loopback_or_named(fleet: Fleet) -> 
 def test_ctrl_c_ends_accepted_predictions_first_and_leaves_nothing(
     tmp_path: Path, webhooks: Webhooks, fleet: Fleet, golden: Any
 ) -> None:
-    family = descendants(fleet.process.pid)
+    family = family_of(fleet)
     ids = [f"last-{number}" for number in range(4)]
     assert [fleet.begin(id, webhooks) for id in ids] == [202] * 4
     assert stop(fleet) == 0
@@ -335,7 +332,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 def test_nothing_outlives_a_killed_raylet(tmp_path: Path) -> None:
     fleet = start(free_port(), tmp_path / "log", "--replicas", "1", "--fronts", "1")
-    family = descendants(fleet.process.pid)
+    family = family_of(fleet)
     (raylet,) = [pid for pid, command in family.items() if "/raylet/raylet" in command.split(" ")[0]]
     os.kill(raylet, signal.SIGKILL)
     children = {
