@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -206,4 +207,5 @@ def _compared(first: Report, second: Report) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `script/lora ... | head` ends without a traceback
     sys.exit(main())
