@@ -43,7 +43,6 @@ def _reference(package: Package) -> str:
 
 
 def _component(package: Package) -> dict[str, Any]:
-    page = f"https://pypi.org/project/{package.name}/{package.version}/"
     digests = [{"alg": "SHA-256", "content": digest} for digest in package.sha256]
     return {
         "type": "library",
@@ -52,7 +51,7 @@ def _component(package: Package) -> dict[str, Any]:
         "version": package.version,
         "scope": "required" if package.runtime else "excluded",
         "purl": _reference(package),
-        "externalReferences": [{"type": "distribution", "url": page, "hashes": digests}],
+        "externalReferences": [{"type": "distribution", "url": _reference(package), "hashes": digests}],
         **({"licenses": [_licence(package.licence)]} if package.licence else {}),
     }
 
