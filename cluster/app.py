@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import threading
@@ -67,7 +68,8 @@ def application(least: int, most: int, fronts: int, patience_seconds: float) -> 
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    return front.bind(replicas.bind())
+    threads = None if gpus else max(1, (os.cpu_count() or 1) // most)  # without a GPU replicas share the cores
+    return front.bind(replicas.bind(threads))
 
 
 def deployed(settings: dict[str, Any]) -> Any:  # noqa: ANN401

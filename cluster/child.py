@@ -28,12 +28,18 @@ PR_SET_PDEATHSIG = 1
 class Child:
     """The server on a free port of the loopback interface."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
+        """Start it.
+
+        Args:
+            threads: how many torch may use on the CPU; None leaves it to torch, which takes every core.
+        """
+        share = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self.port = free_port()
         self._guardian = subprocess.Popen(
             [sys.executable, "-m", "cluster.child", *SERVER, "--port", str(self.port)],
             cwd=PROJECT,
-            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+            env={**os.environ, **share, "PYTHONPATH": str(PROJECT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

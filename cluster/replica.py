@@ -39,11 +39,15 @@ START_SECONDS = 3600.0
 class Replica:
     """The deployment's class; Serve makes one a replica."""
 
-    def __init__(self) -> None:
-        """Start the child and wait until it is ready; an exception lets Serve try again."""
+    def __init__(self, threads: int | None = None) -> None:
+        """Start the child and wait until it is ready; an exception lets Serve try again.
+
+        Args:
+            threads: as for `Child`.
+        """
         self._seat = str(serve.get_replica_context().rank.rank)
         _end_with_parent()
-        self._child = Child()
+        self._child = Child(threads)
         self._client = httpx.AsyncClient(base_url=self._child.address, timeout=httpx.Timeout(None, connect=10))
         self._facts = self._wait_until_ready()
         ray.get(ledger().replica_is_ready.remote(self._facts))
