@@ -22,6 +22,7 @@ def main() -> None:
             RAY_AUTH_TOKEN_PATH=str(token),
             RAY_USAGE_STATS_ENABLED="0",
             RAY_SERVE_LOG_TO_STDERR="0",
+            RAY_SERVE_ROUTER_RETRY_MAX_BACKOFF_S="0.1",  # how long a free seat may stay unseen; 0.5 by default
             RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",  # 5 by default: too short for a busy machine
             RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="60",
             PYTHONPATH=str(PROJECT),

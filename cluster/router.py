@@ -33,6 +33,7 @@ class LoraRouter(RequestRouter):
         by_seat = {seat_of(replica): replica for replica in candidate_replicas}
         if pending_request is None or not by_seat:
             return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # else Serve asks again at once, and again
         key = pending_request.metadata.multiplexed_model_id
         name = pending_request.metadata.internal_request_id
         queued = self._queued(by_seat)
