@@ -190,7 +190,7 @@ def _is_hidden(reference: str) -> bool:
 # One prediction
 
 
-def run(pairs: list[tuple[str, str]], output: Path, settings: Settings) -> list[Path]:
+def run(pairs: list[tuple[str, str]], schemas: Mapping[str, Any], output: Path, settings: Settings) -> list[Path]:
     """Make one prediction and return the files written into `output`; all that can be is checked before loading.
 
     Raises:
@@ -200,7 +200,7 @@ def run(pairs: list[tuple[str, str]], output: Path, settings: Settings) -> list[
     from predict import Predictor, refuse_unchecked
 
     with tempfile.TemporaryDirectory(prefix="flux-inputs-") as folder:
-        inputs = parse_inputs(pairs, predictor_schemas(Predictor.predict), Path(folder))
+        inputs = parse_inputs(pairs, schemas, Path(folder))
         refuse_unchecked(inputs["disable_safety_checker"], settings.safety_required)
         check_request(inputs, settings)
         require_folder(output)
@@ -332,12 +332,13 @@ def main() -> None:
     """The command line. Exit status: 0 images written, 1 a wrong input or a failed prediction, 2 wrong usage."""
     from predict import Predictor
 
-    arguments = parser_of(described_inputs(predictor_schemas(Predictor.predict))).parse_args()
+    schemas = predictor_schemas(Predictor.predict)
+    arguments = parser_of(described_inputs(schemas)).parse_args()
     started = time.monotonic()
     logging.getLogger("predict").addFilter(lambda record: record.levelno < logging.ERROR)  # errors are printed below
     try:
         inputs = inputs_again(arguments.again, arguments.input) if arguments.again else arguments.input
-        files = run(inputs, arguments.output, Settings.from_env(os.environ))
+        files = run(inputs, schemas, arguments.output, Settings.from_env(os.environ))
     except (PredictionError, SettingsError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
