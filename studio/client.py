@@ -169,7 +169,7 @@ def mime_of(attachment: Attachment) -> str:
 
 @dataclass
 class Prediction:
-    """One prediction, from its request to its result. `cancel` may be called from another thread."""
+    """One prediction, from its request to its result. `cancel` may be called from any thread; `events` repeats it."""
 
     server: Server
     inputs: dict[str, Any]
@@ -196,6 +196,8 @@ class Prediction:
                     event = self._events.get(timeout=1.0)
                 except queue.Empty:
                     event = ""
+                    if self.cancelled.is_set():  # Cog loses one that comes before the prediction has begun
+                        self.cancel()
                 if isinstance(event, Exception):
                     raise event
                 yield event

@@ -104,6 +104,7 @@ def main(folder: Path) -> None:
     save(webhooks.completed("later")["output"][0], folder / "webhook.png")
 
     in_the_background(webhooks, "slow", prompt="a blue star on a yellow background", num_inference_steps=50)
+    time.sleep(0.2)  # a cancellation in the very moment of the request may come before the prediction has begun
     call("POST", "/predictions/slow/cancel")
     print(f"slow: {webhooks.completed('slow')['status']}")
 

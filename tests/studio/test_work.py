@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from studio.client import Prediction, Server, StudioError, succeeded
+from studio.client import Answer, Prediction, Server, StudioError, succeeded
 from studio.form import Field, Inputs
 from studio.runs import kept
 from studio.work import Desk, View, sweep, work
@@ -172,6 +172,53 @@ def test_a_starting_server_is_waited_for(tmp_path: Path) -> None:
 def test_a_server_that_will_never_answer_is_said(tmp_path: Path, health: str, said: str) -> None:
     with answering((503, {}), health=health) as url:
         assert said in done(at(url, tmp_path), {})[-1].message
+
+
+@contextmanager
+def losing_the_first_cancellation() -> Iterator[tuple[str, list[str]]]:
+    """A server whose prediction ends at the second cancellation, since Cog loses one that comes too early."""
+    cancels: list[str] = []
+    ended = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            ended.wait(20)
+            self._send({"status": "canceled" if ended.is_set() else "succeeded", "output": []})
+
+        def do_POST(self) -> None:
+            cancels.append(self.path)
+            if len(cancels) > 1:
+                ended.set()
+            self._send({})
+
+        def _send(self, document: dict[str, Any]) -> None:
+            body = json.dumps(document).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", cancels
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_cancellation_is_repeated_until_the_prediction_has_ended() -> None:
+    with losing_the_first_cancellation() as (url, cancels):
+        prediction = Prediction(Server(url), {"prompt": "a"})
+        started = time.monotonic()
+        prediction.cancel()
+        events = list(prediction.events())
+    assert isinstance(events[-1], Answer)
+    assert events[-1].document["status"] == "canceled"
+    assert len(cancels) == 2
+    assert time.monotonic() - started < 10
 
 
 def test_withheld_images_are_said(tmp_path: Path) -> None:
