@@ -2,6 +2,8 @@
 
 The images of a request are generated one after another, each with its own random generator. So an image depends on its
 seed and not on `num_outputs`, and the first image is ready as early as if it were the only one.
+
+Whoever asks, models run on one thread alone, from the warm-up to the last request: see `engine.device_thread`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -18,6 +20,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from engine.device_thread import DeviceThread
+from engine.image_to_latents import EncodedImage, encode_image
 from engine.lean_transformer import REQUEST, LeanTransformer, RequestState
 from engine.loading import Model
 from engine.memory_plan import EXACT, LAYOUTS, Layout, Placement
@@ -42,7 +46,12 @@ class Engine:
     """The loaded models in both precisions."""
 
     def __init__(
-        self, exact: Precision, fast: Precision | None, device: torch.device, layout: Layout = EVERYTHING_ON_THE_DEVICE
+        self,
+        exact: Precision,
+        fast: Precision | None,
+        device: torch.device,
+        layout: Layout = EVERYTHING_ON_THE_DEVICE,
+        thread: DeviceThread | None = None,
     ) -> None:
         """Keep the models; nothing is moved or computed.
 
@@ -51,7 +60,9 @@ class Engine:
             fast: the models in fp8. None where fp8 does not work: `go_fast` then runs exact, with a line in the log.
             device: where the models run.
             layout: device placement and served precisions; a request for an unserved precision runs in the served one.
+            thread: where models run; None for a new one.
         """
+        self._thread = thread or DeviceThread()
         self.exact = exact
         self.fast = fast
         self._device = device
@@ -70,6 +81,8 @@ class Engine:
     def require_working_device(self) -> None:
         """Make sure that the device computes: after some faults of CUDA it does not until the process ends.
 
+        In the calling thread, so that it need not wait for a prediction.
+
         Raises:
             ModelError: it does not.
         """
@@ -80,8 +93,10 @@ class Engine:
         if total != 8:
             raise ModelError(f"The device {self._device} computes wrongly. Restart the server.")
 
-    def generate(self, request: GenerationRequest, stack: Stack = (), base: Stack = ()) -> Iterator[Image.Image]:
-        """Yield `request.num_outputs` RGB images of `request.size`, in order.
+    def generate(
+        self, request: GenerationRequest, stack: Stack = (), base: Stack = ()
+    ) -> Generator[Image.Image, None, None]:
+        """Yield `request.num_outputs` RGB images of `request.size`, in order; close it if it is not used up.
 
         Args:
             request: a complete request.
@@ -92,6 +107,9 @@ class Engine:
         Raises:
             ModelError: the result has values that are not finite, or the device ran out of memory twice.
         """
+        return self._thread.iterate(lambda: self._generate(request, stack, base))
+
+    def _generate(self, request: GenerationRequest, stack: Stack, base: Stack) -> Iterator[Image.Image]:
         if request.image is not None and denoising_steps(request) == 0:
             yield from (request.image.copy() for _ in range(request.num_outputs))
             return
@@ -100,10 +118,11 @@ class Engine:
         pipeline = model.pipelines[request.mode]
         gain = precision.lora_gain if request.go_fast else 1.0
         stack = [*base, *((adapter, scale * gain) for adapter, scale in stack)]
-        prompt_embeds, pooled = retry_on_oom(lambda: self._prepared(precision, model, stack, request), request.size)
+        prompt = retry_on_oom(lambda: self._prepared(precision, model, stack, request), request.size)
+        given = retry_on_oom(lambda: encode_image(pipeline, request, self._device), request.size)
         with self._on_device(precision, pipeline.transformer):
             for index in range(request.num_outputs):
-                make = partial(self._denoise, pipeline, model, request, index, prompt_embeds, pooled)
+                make = partial(self._denoise, pipeline, model, request, index, prompt, given)
                 started = time.monotonic()
                 image = retry_on_oom(make, request.size)
                 seconds = time.monotonic() - started
@@ -152,7 +171,9 @@ class Engine:
             )
         key = (prompt, limit, adapters.active_stack(CLIP), adapters.active_stack(T5))
         if key not in self._prompts:
-            with moved_to_device([pipeline.text_encoder, pipeline.text_encoder_2], self._device):
+            away = self._layout.text_encoders is Placement.ON_DEMAND
+            encoders = [pipeline.text_encoder, pipeline.text_encoder_2] if away else []
+            with moved_to_device(encoders, self._device):
                 prompt_embeds, pooled, _ = pipeline.encode_prompt(
                     prompt=for_clip, prompt_2=for_t5, device=self._device, max_sequence_length=limit
                 )
@@ -171,12 +192,11 @@ class Engine:
         model: Model,
         request: GenerationRequest,
         index: int,
-        prompt_embeds: Tensor,
-        pooled: Tensor,
+        prompt: tuple[Tensor, Tensor],
+        given: EncodedImage | None,
     ) -> Image.Image:
-        from_image = {} if request.image is None else {"image": request.image, "strength": request.strength}
-        from_mask = {} if request.mask is None else {"mask_image": request.mask}
         generator = torch.Generator(self._device).manual_seed(request.seed_of(index))
+        prompt_embeds, pooled = prompt
         pixels: Tensor = pipeline(
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled,
@@ -188,8 +208,7 @@ class Engine:
             max_sequence_length=model.profile.max_prompt_tokens,
             output_type="pt",
             joint_attention_kwargs=_shared_by_steps(pipeline),
-            **from_image,
-            **from_mask,
+            **({} if given is None else given.arguments(request, generator)),
         ).images[0]
         return _to_image(pixels)
 

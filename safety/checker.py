@@ -10,9 +10,11 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Protocol
 
 from PIL import Image
@@ -72,13 +74,18 @@ class Pending:
 
 
 class FailClosed:
-    """A checker that always answers with one valid verdict an image; withheld where the detector gave none."""
+    """A checker that always answers with one valid verdict an image; withheld where the detector gave none.
+
+    All checks run in one thread, which stays: cuDNN plans a detector's convolutions anew in each thread. It is not the
+    models' thread, since a detector may hang.
+    """
 
     def __init__(self, detector: SafetyChecker, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self.name = detector.name
         self._detector = detector
         self._timeout_seconds = timeout_seconds
-        self._turn = threading.Lock()
+        self._begun: SimpleQueue[Pending | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
         self._hanging: Pending | None = None
 
     def check(self, images: Sequence[Image.Image]) -> list[Verdict]:
@@ -86,17 +93,27 @@ class FailClosed:
         return self.finish(self.begin(images)).verdicts
 
     def begin(self, images: Sequence[Image.Image]) -> Pending:
-        """Start a check in a thread and return at once; checks run one after another."""
+        """Start a check in the thread and return at once; checks run one after another."""
         pending = Pending(tuple(images))
         if self._hanging is not None and not self._hanging.answer.done():
             pending.answer.set_result(_all_withheld(pending, "an earlier check still hangs"))
             return pending
         self._hanging = None
         try:
-            threading.Thread(target=self._run, args=(pending,), name="safety-check", daemon=True).start()
+            self._require_thread()
         except RuntimeError as error:  # no further thread can be started
             pending.answer.set_exception(error)
+        else:
+            self._begun.put(pending)
         return pending
+
+    def _require_thread(self) -> None:
+        if self._thread is None:
+            given = (self._begun, self._detector)
+            thread = threading.Thread(target=_check_all, args=given, name="safety-check", daemon=True)
+            thread.start()
+            self._thread = thread
+            weakref.finalize(self, self._begun.put, None)
 
     def finish(self, pending: Pending) -> Answer:
         """Wait for a check's answer, at most for the timeout. Raises nothing but a cancellation."""
@@ -112,18 +129,18 @@ class FailClosed:
         logger.error("the safety check %s failed, images withheld: %d", self.name, len(pending.images), exc_info=error)
         return _all_withheld(pending, f"the check failed: {type(error).__name__}")
 
-    def _run(self, pending: Pending) -> None:
+
+def _check_all(begun: SimpleQueue[Pending | None], detector: SafetyChecker) -> None:
+    """Answer all that is begun, until None."""
+    while (pending := begun.get()) is not None:
+        started = time.monotonic()
         try:
-            with self._turn:
-                started = time.monotonic()
-                verdicts = (
-                    validated(self._detector.check(pending.images), len(pending.images)) if pending.images else []
-                )
-                answer = Answer(verdicts, time.monotonic() - started)
+            verdicts = validated(detector.check(pending.images), len(pending.images)) if pending.images else []
         except BaseException as error:  # whatever it is, the waiting caller must get an answer
             pending.answer.set_exception(error)
         else:
-            pending.answer.set_result(answer)
+            pending.answer.set_result(Answer(verdicts, time.monotonic() - started))
+        del pending  # an image is not kept until the next one comes
 
 
 def _all_withheld(pending: Pending, reason: str) -> Answer:

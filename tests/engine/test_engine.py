@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline
 from PIL import Image
 
+from benchmarks.models import vae_of
+from benchmarks.scales import TINY as TINY_SCALE
 from engine.engine import Engine, denoising_steps
+from engine.image_to_latents import encode_image
 from engine.loading import load_models
 from engine.precision import exact_precision
 from engine.profiles import TINY, model_profiles
@@ -24,6 +29,7 @@ from lora_loading.updates import Full
 from request import GenerationRequest, Mode
 from settings import Settings
 from tests.conftest import QUICK, request_of
+from tests.tiny_models import narrow_transformer
 
 Save = Callable[..., Path]
 
@@ -173,6 +179,45 @@ def test_black_of_the_mask_is_kept_to_the_pixel_and_white_is_repainted(engine: E
 def test_the_mask_of_another_size_is_fitted(engine: Engine, save: Save, scene_image: Image.Image) -> None:
     image = image_of(engine, image=save(scene_image), mask=save(Image.new("L", (90, 90), 0), "m.png"))
     assert image.tobytes() == scene_image.tobytes()
+
+
+def test_inpainting_equals_the_bare_pipeline(engine: Engine, save: Save, scene_image: Image.Image) -> None:
+    """Where the mask is white; elsewhere pixels are put back."""
+    request = request_of(**QUICK, image=save(scene_image), mask=save(Image.new("L", (256, 256), 255), "m.png"))
+    bare = bare_call(engine, request, image=request.image, mask_image=request.mask, strength=request.strength)
+    assert next(engine.generate(request)).tobytes() == bare.tobytes()
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_an_image_is_encoded_once_for_all_outputs(
+    engine: Engine, save: Save, scene_image: Image.Image, with_mask: bool
+) -> None:
+    mask = {"mask": save(Image.new("L", (256, 256), 255), "m.png")} if with_mask else {}
+    encoder, calls = engine.exact.models["dev"].pipelines[Mode.TXT2IMG].vae.encoder, []
+    hook = encoder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        images = list(engine.generate(request_of(**QUICK, num_outputs=3, image=save(scene_image), **mask)))
+    finally:
+        hook.remove()
+    assert len({image.tobytes() for image in images}) == 3
+    assert len(calls) == 1
+
+
+def test_latents_are_drawn_as_diffusers_draws_them(scene_image: Image.Image) -> None:
+    """With a VAE that gives a distribution, as FLUX.1's does; all pipelines of one request, to the bit."""
+    vae = vae_of(TINY_SCALE).eval()
+    for kind in (FluxImg2ImgPipeline, FluxInpaintPipeline):
+        pipeline = kind(None, vae, None, None, None, None, narrow_transformer())
+        request = replace(request_of(**QUICK), image=scene_image, strength=0.8)
+        generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+        encoded = encode_image(pipeline, request, torch.device("cpu"))
+        assert encoded is not None
+        ours = encoded.arguments(request, generators[0])["image"]
+        pixels = pipeline.image_processor.preprocess(scene_image, height=256, width=256)
+        with torch.no_grad():
+            theirs = pipeline._encode_vae_image(pixels, generators[1])
+        assert torch.equal(ours, theirs)
+        assert torch.equal(*(generator.get_state() for generator in generators))
 
 
 # Sizes, prompts, faults
