@@ -12,8 +12,8 @@ import pathlib
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, MutableMapping, Optional, Tuple
 
 from cog import BasePredictor, Input, Path, Secret
 
@@ -39,6 +39,9 @@ LEAST_OUTPUT_BYTES = 64 * 2**20
 ADAPTER_CACHE_BYTES = 4 * 10**9
 """Limit of parsed LoRAs kept in host memory: about twenty of the usual size."""
 
+ALLOCATION = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""torch's own variables, new and old."""
+
 
 class Predictor(BasePredictor):
     """FLUX.1 [dev] and [schnell]: text to image, image to image and inpainting."""
@@ -54,12 +57,14 @@ class Predictor(BasePredictor):
         configure_logging(settings.log_format)
         if settings.metrics is not None:
             publish_metrics(settings.metrics)
-        # imported here: torch takes seconds, and configure_logging must run first
+        let_memory_grow(os.environ)
+        # imported here: torch takes seconds, and what is above must run first
         from engine.compilation import torch_folder
         from engine.device import choose_device
         from engine.model_folders import fetch_profiles
         from engine.profiles import choose_profile, model_profiles
         from engine.start import start_engine
+        from engine.timeline import Timeline
         from fetching.hub import Hub
         from fetching.hub_cache import HubCache
         from fetching.network import Client
@@ -69,6 +74,7 @@ class Predictor(BasePredictor):
         from safety.load import choose_checker, load_checker
         from safety.manifest import Weights
 
+        timeline = Timeline()
         device = choose_device(settings.profile)
         profile, reason = choose_profile(settings, device.type == "cuda")
         logger.info("profile %s on %s: %s", profile, device, reason)
@@ -76,7 +82,8 @@ class Predictor(BasePredictor):
         logger.info("safety checker %s: %s", checker, reason)
         models = HubCache(Hub(settings.hugging_face_endpoint, settings.hugging_face_token))
         weights = Weights(settings.safety_folder, models)
-        self.checker = load_checker(checker, weights, device)  # first: it fails within seconds
+        with timeline.part("safety checker"):  # first: it fails within seconds
+            self.checker = load_checker(checker, weights, device)
         self.safety_required = settings.safety_required
         self.metadata = settings.metadata
         self.loras = open_store(settings)
@@ -87,8 +94,9 @@ class Predictor(BasePredictor):
         torch_cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(torch_folder(torch_cache, settings.cache_dir))
         profiles = model_profiles(profile, settings)
-        profiles = fetch_profiles(profiles, models)
-        self.engine = start_engine(profiles, settings, device)
+        with timeline.part("files of the models"):
+            profiles = fetch_profiles(profiles, models)
+        self.engine = start_engine(profiles, settings, device, timeline)
         shapes = {name: self.engine.shapes(name) for name in self.engine.models}
         self.base_lora = load_base_lora(self.loras, shapes)
         self.outputs = OutputFolder()
@@ -246,8 +254,9 @@ class Predictor(BasePredictor):
             stack = self._adapters(request, hf_api_token, civitai_api_token)
             folder = self.outputs.fresh()
             gate = Gate(self.checker)
-            with ThreadPoolExecutor(max_workers=1) as encoder:  # an image is encoded while the next one is made
-                images = self.engine.generate(request, stack, self._base(request.model))
+            made = self.engine.generate(request, stack, self._base(request.model))
+            # an image is encoded while the next one is made
+            with closing(made) as images, ThreadPoolExecutor(max_workers=1) as encoder:
                 passing = enumerate(images) if disable_safety_checker else gate.passing(images)
                 written = [
                     encoder.submit(write, folder, index, output, request, self._xmp(request, index, stack))
@@ -388,6 +397,16 @@ def log_failure(error: BaseException, seconds: float) -> None:
 def ended(outcome: str, seconds: float, error: Optional[str] = None) -> Dict[str, Event]:
     """What a log record carries about a prediction without images."""
     return {"event": Event("prediction", seconds, outcome=outcome, error=error)}
+
+
+def let_memory_grow(environment: MutableMapping[str, str]) -> None:
+    """Have torch grow its blocks of CUDA memory in place, unless the operator says how it allocates; before CUDA starts.
+
+    Requests of many sizes, and weights that come and go on smaller cards, otherwise leave gaps between blocks of fixed
+    sizes: memory that is free, and of no use.
+    """
+    if not any(name in environment for name in ALLOCATION):
+        environment[ALLOCATION[0]] = "expandable_segments:True"
 
 
 def publish_metrics(address: Tuple[str, int]) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.compile_fx
+from diffusers import FluxTransformer2DModel
 
+from engine.loading import load_models
 from engine.profiles import model_profiles
 from engine.start import start_engine
+from request import Mode
 from settings import Settings
 from tests.conftest import QUICK, request_of
+from tests.tiny_models import weights_hash
 
 CPU = torch.device("cpu")
 
@@ -23,6 +32,74 @@ def test_an_engine_serves_both_models_in_both_precisions() -> None:
     assert engine.fast is not None
     assert (engine.exact.lora_gain, engine.fast.lora_gain) == (1.0, 2.0)
     assert engine.exact.models.keys() == engine.fast.models.keys() == {"dev", "schnell"}
+
+
+def test_transformers_are_those_that_diffusers_loads(tmp_path: Path) -> None:
+    """From one file or from shards, to the bit, and in the order of the profiles."""
+    profiles = model_profiles("tiny", Settings())
+    theirs = FluxTransformer2DModel.from_pretrained(profiles[0].source, subfolder="transformer")
+    theirs.save_pretrained(tmp_path / "transformer", max_shard_size="300KB")
+    shutil.copytree(Path(profiles[0].source) / "scheduler", tmp_path / "scheduler")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    sharded = replace(profiles[0], name="sharded", source=str(tmp_path), shared_source=profiles[0].shared_source)
+    models = load_models((*profiles, sharded), CPU)
+    assert list(models) == ["dev", "schnell", "sharded"]
+    ours = {name: model.pipelines[Mode.TXT2IMG].transformer for name, model in models.items()}
+    expected = weights_hash({"t": theirs})
+    assert [weights_hash({"t": ours[name]}) for name in ("dev", "sharded")] == [expected] * 2
+    assert weights_hash({"t": ours["schnell"]}) != expected
+    parameters = [parameter for module in ours.values() for parameter in module.parameters()]
+    assert {(p.dtype, p.device, p.requires_grad) for p in parameters} == {(torch.float32, CPU, False)}
+
+
+def test_what_is_done_meanwhile_has_the_shared_parts_and_may_fail() -> None:
+    seen: list[set[str]] = []
+
+    def meanwhile(shared: Mapping[str, Any]) -> None:
+        seen.append(set(shared))
+        raise ValueError("it failed")
+
+    with pytest.raises(ValueError, match="it failed"):
+        load_models(model_profiles("tiny", Settings()), CPU, meanwhile=meanwhile)
+    assert seen == [{"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}]
+
+
+def test_the_log_has_a_line_for_each_part_of_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        start_engine(model_profiles("tiny", Settings()), Settings(), CPU)
+    lines = [line for record in caplog.records if (line := record.getMessage()).startswith("start: ")]
+    parts = {line.split(": ")[1] for line in lines}
+    assert parts == {
+        "VAE", "text encoder CLIP", "text encoder T5", "tokenizers",
+        "transformer dev", "transformer schnell", "fp8 copy",
+    }  # fmt: skip
+    assert all(re.fullmatch(r"start: .+: \d+\.\d s, from \d+\.\d to \d+\.\d s", line) for line in lines)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_while_weights_are_read_serves_the_models(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Graphs made for three blocks of zeros, which are gone by then, are the real models' too: none is made later."""
+    graphs: list[bool] = []
+
+    def compile_fx(graph: torch.fx.GraphModule, *_: Any, **__: Any) -> Any:
+        graphs.append(is_ahead())
+        return graph.forward
+
+    def is_ahead() -> bool:
+        return not any("start: compilation" in record.getMessage() for record in caplog.records)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.INFO):
+        engine = start_engine(model_profiles("tiny", Settings()), Settings(compile="on", cache_dir=tmp_path), CPU)
+    assert "afterwards" not in caplog.text
+    gc.collect()
+    for inputs in ({}, {"go_fast": True}, {"model": "schnell"}, {"width": 272}):
+        list(engine.generate(request_of(**{**QUICK, **inputs})))
+    assert len(graphs) >= 3 + 3 + 5 + 1
+    assert all(graphs), f"{graphs.count(False)} of {len(graphs)} graphs were made after the weights were there"
 
 
 @pytest.mark.slow
