@@ -19,9 +19,9 @@ from benchmarks.dry_run.device import CARDS
 from benchmarks.dry_run.images import images_table
 from benchmarks.dry_run.memory import memory_table
 from benchmarks.dry_run.rewrite import rewrite_table
-from benchmarks.dry_run.steps import compiled_graphs, eager_steps, graphs_table, steps_of, steps_table
-from benchmarks.dry_run.tables import Table
+from benchmarks.dry_run.steps import DECODER, compiled_graphs, eager_steps, graphs_table, steps_of, steps_table
 from benchmarks.dry_run.times import parts_of_an_image, times_table
+from benchmarks.tables import Table
 
 REPORT = Path(__file__).parents[1] / "dry-run.md"
 INTRODUCTION = f"""# FLUX.1 at full size on a device that is not there
@@ -40,8 +40,9 @@ def tables() -> Iterator[Table]:
     steps = steps_of(eager, compiled)
     yield steps_table(steps)
     changes, counts = changes_table()
+    (decoder,) = compiled[DECODER].graphs
     yield changes
-    yield times_table(steps, eager["first"], counts, parts_of_an_image())
+    yield times_table(steps, eager["first"], counts, parts_of_an_image(), decoder)
     yield memory_table(CARDS)
     yield graphs_table(compiled)
     yield rewrite_table()

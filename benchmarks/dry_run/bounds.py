@@ -31,15 +31,14 @@ TO_THE_DEVICE = {
     "pipeline_flux.py:_prepare_latent_image_ids": "positions of the image's tokens",
     "pipeline_flux_img2img.py:_prepare_latent_image_ids": "the same",
     "pipeline_flux_inpaint.py:_prepare_latent_image_ids": "the same",
-    "pipeline_flux_img2img.py:prepare_latents": "the image that is given",
-    "pipeline_flux_inpaint.py:prepare_latents": "the same",
-    "pipeline_flux_inpaint.py:prepare_mask_latents": "the mask, and the masked image",
+    "pipeline_flux_inpaint.py:prepare_mask_latents": "the mask",
 }
 PLANNED_COPIES = {
     "to the host in engine/engine.py:_to_image": "the image",
+    "to the device in engine/image_to_latents.py:encode_image": "the image that is given, once a request",
     f"to the device in {SCHEDULER}:set_timesteps": "the schedule",
     f"to the device in {SCHEDULER}:scale_noise": "the schedule, for a given image; in inpainting each step",
     "to the device in utils/torch_utils.py:randn_tensor": "noise, which a real device draws itself",
     **{f"to the device in flux/{caller}": reason for caller, reason in TO_THE_DEVICE.items()},
 }
-"""Waits and copies that a request has, by caller, and why. Any other is a problem. All but the first are diffusers'."""
+"""Waits and copies that a request has, by caller, and why. Any other is a problem. Only the first two are ours."""

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from benchmarks.plan import RANK
+
 NUMBERS = count(1)
 ATTENTION, CONVOLUTION, FP8, BF16 = "attention", "convolution", "fp8", "bf16"
 VIEWS = frozenset(
@@ -62,8 +64,6 @@ VIEWS = frozenset(
     ]
 )
 """Operators that start no kernel."""
-RANK = 16
-"""Of the LoRAs whose change is counted."""
 CACHED_ROW = 3072
 """Numbers of a row of a weight that is read twice, the second time from the cache: 16 rows are 98 KB then. Were they
 read from memory, a change of all layers would move 17 GB more."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from PIL import Image
 from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from benchmarks.dry_run.counting import RANK
 from benchmarks.dry_run.device import DEVICE
-from benchmarks.gpu.models import MODELS, building, clip_of, t5_of, vae_of
-from benchmarks.gpu.scales import FULL, Scale
+from benchmarks.models import MODELS, building, clip_of, t5_of, vae_of
+from benchmarks.plan import RANK
+from benchmarks.scales import FULL, Scale
+from engine.device_thread import DeviceThread
 from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
 from engine.fp8 import DYNAMIC
 from engine.lean_transformer import REQUEST, RequestState
@@ -29,10 +29,9 @@ from lora_loading.reading.adapter import LoraAdapter
 from lora_loading.reading.layers import LayerUpdate
 from lora_loading.shapes import TRANSFORMER
 from lora_loading.updates import LowRank
-from request import GenerationRequest, Mode, Size
+from request import Mode
 
 HOST = torch.device("cpu")
-SQUARE = Size(1024, 1024)
 
 
 def shortened(blocks: int, singles: int) -> Scale:
@@ -69,9 +68,12 @@ def _place(placement: Placement) -> torch.device:
 
 
 def engine_of(layout: Layout = EVERYTHING_ON_THE_DEVICE, scale: Scale = FULL, *, compiling: bool = False) -> Engine:
-    """The engine over both models, in both precisions."""
+    """The engine over both models, in both precisions; it runs in the calling thread, whose tensors are fake."""
     models = build_models(layout, scale)
-    engine = assemble(models, DYNAMIC, DEVICE, layout, compiling=compiling, lora_gain=1.5, rewrite=requantise)
+    engine = assemble(
+        models, DYNAMIC, DEVICE, layout,
+        compiling=compiling, lora_gain=1.5, rewrite=requantise, thread=DeviceThread.current(),
+    )  # fmt: skip
     for model in (*engine.exact.models.values(), *(engine.fast.models.values() if engine.fast else ())):
         for pipeline in model.pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
@@ -88,36 +90,13 @@ def precision_of(engine: Engine, name: str) -> Precision:
     return engine.fast if name == "fast" and engine.fast is not None else engine.exact
 
 
-def flux_sizes() -> Sizes:
+def flux_sizes(scale: Scale = FULL) -> Sizes:
     """What the memory plan is made from; no checker."""
     with torch.device("meta"):
-        transformers = [FluxTransformer2DModel(**FULL.transformer, guidance_embeds=g) for g in MODELS.values()]
+        transformers = [FluxTransformer2DModel(**scale.transformer, guidance_embeds=g) for g in MODELS.values()]
         encoders = [clip_of(FULL, CLIPTokenizer.from_pretrained(TINY / "tiny-dev", subfolder="tokenizer")), t5_of(FULL)]
         vae = vae_of(FULL)
     return sizes_of(transformers, encoders, vae, max(FULL.text_tokens.values()), fp8=True, checker_bytes=0)
-
-
-def request_for(
-    mode: Mode = Mode.TXT2IMG, size: Size = SQUARE, *, model: str = "dev", go_fast: bool = True, steps: int = 2
-) -> GenerationRequest:
-    """A request for one image; the later modes begin from an empty one."""
-    image = Image.new("RGB", (size.width, size.height))
-    return GenerationRequest(
-        prompt="a circle",
-        mode=mode,
-        size=size,
-        model=model,
-        num_outputs=1,
-        num_inference_steps=steps,
-        guidance_scale=3.0,
-        strength=1.0 if mode is Mode.TXT2IMG else 0.8,
-        seed=0,
-        output_format="png",
-        output_quality=80,
-        go_fast=go_fast,
-        image=None if mode is Mode.TXT2IMG else image,
-        mask=Image.new("L", image.size, 255) if mode is Mode.INPAINT else None,
-    )
 
 
 def loras(engine: Engine, count: int, rank: int = RANK) -> list[tuple[LoraAdapter, float]]:
@@ -166,3 +145,9 @@ def take_step(
         img_ids=empty(image_tokens, 3),
         return_dict=False,
     )
+
+
+@torch.inference_mode()
+def decode(vae: Any, height: int, width: int) -> None:
+    """Decode latents of this size, as the pipelines do."""
+    vae.decode(torch.empty(1, 16, height, width, dtype=torch.bfloat16, device=DEVICE), return_dict=False)

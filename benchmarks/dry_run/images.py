@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 from benchmarks.dry_run.bounds import PLANNED_COPIES, PLANNED_SYNCS
 from benchmarks.dry_run.counting import Counts, DeviceCounter
 from benchmarks.dry_run.device import fake_device, fake_tensors
-from benchmarks.dry_run.flux import SQUARE, engine_of, loras, precision_of, request_for, shortened
-from benchmarks.dry_run.tables import Table
-from benchmarks.gpu.scales import Scale
-from request import Mode, Size
+from benchmarks.dry_run.flux import engine_of, loras, precision_of, shortened
+from benchmarks.plan import NAME_COLUMNS, SIZES, cases, request_of
+from benchmarks.scales import Scale
+from benchmarks.tables import Table
+from request import Size
 
-SIZES = (SQUARE, Size(256, 256), Size(1440, 1440))
 STEPS = 2
 BLOCKS = shortened(2, 4)
-COLUMNS = ("model", "precision", "mode", "size", "LoRAs", "waits", "copies")
+COLUMNS = (*NAME_COLUMNS, "waits", "copies")
 
 
 def images_table(
@@ -26,14 +24,13 @@ def images_table(
     counter = DeviceCounter()
     with fake_device(), fake_tensors(counter.on_sync), counter.watching():
         engine = engine_of(scale=scale)
-        for model, go_fast, number in product(models, (False, True), (0, 1, 2)):
-            stack = loras(engine, number)
-            precision = precision_of(engine, "fast" if go_fast else "exact")
-            precision.adapters[model].apply([(adapter, value * precision.lora_gain) for adapter, value in stack])
-            for mode, size in product(Mode, sizes if number != 1 else sizes[:1]):
-                counts = counter.restart()
-                list(engine.generate(request_for(mode, size, model=model, go_fast=go_fast, steps=STEPS), stack))
-                _add(table, counts, (model, "fast" if go_fast else "exact", mode.value, f"{size.width}", number))
+        stacks = [loras(engine, number) for number in range(3)]
+        for case in cases(sizes, models):
+            precision, stack = precision_of(engine, case.precision), stacks[case.loras]
+            precision.adapters[case.model].apply([(adapter, value * precision.lora_gain) for adapter, value in stack])
+            counts = counter.restart()
+            list(engine.generate(request_of(case, STEPS), stack))
+            _add(table, counts, case.name)
     table.notes.append("With 2 double and 4 single blocks of full width: the blocks themselves neither wait nor copy.")
     table.notes += _explained()
     return table

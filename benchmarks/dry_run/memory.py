@@ -5,22 +5,24 @@ from __future__ import annotations
 from benchmarks.dry_run.bounds import PLAN_ACCURACY
 from benchmarks.dry_run.counting import DeviceCounter
 from benchmarks.dry_run.device import Card, fake_device, fake_tensors
-from benchmarks.dry_run.flux import engine_of, flux_sizes, loras, request_for
-from benchmarks.dry_run.tables import Table, gigabytes
+from benchmarks.dry_run.flux import engine_of, flux_sizes, loras
+from benchmarks.plan import Case, request_of
+from benchmarks.scales import FULL, Scale
+from benchmarks.tables import Table, gigabytes
 from engine.engine import Engine
-from engine.memory_plan import EXACT, LARGEST, RESERVE_BYTES, Plan, plan_memory
+from engine.memory_plan import LARGEST, RESERVE_BYTES, Plan, plan_memory
 from engine.precision import RESERVED_RANK
 from request import Mode
 
 COLUMNS = ("card", "layout", "serves", "at rest", "most, counted", "most, planned")
 
 
-def memory_table(cards: tuple[Card, ...]) -> Table:
+def memory_table(cards: tuple[Card, ...], scale: Scale = FULL) -> Table:
     """GB on each card: at rest, and the most while the largest images are made with and without LoRAs."""
     table = Table("Memory on the device, in GB", COLUMNS)
     for card in cards:
-        plan = plan_memory(flux_sizes(), card.memory_bytes)
-        resting, most = _measured(card, plan)
+        plan = plan_memory(flux_sizes(scale), card.memory_bytes)
+        resting, most = _measured(card, plan, scale)
         planned = plan.needed_bytes - RESERVE_BYTES
         layout = (card.name, plan.layout.name, " and ".join(plan.precisions))
         table.rows.append((*layout, *map(gigabytes, (resting, most, planned))))
@@ -36,18 +38,19 @@ def memory_table(cards: tuple[Card, ...]) -> Table:
     return table
 
 
-def _measured(card: Card, plan: Plan) -> tuple[int, int]:
+def _measured(card: Card, plan: Plan, scale: Scale) -> tuple[int, int]:
     """The bytes at rest, and the most."""
     counter = DeviceCounter()
     with fake_device(card), fake_tensors(counter.on_sync), counter.watching():
-        engine = engine_of(plan.layout)
+        engine = engine_of(plan.layout, scale)
         resting = counter.live_bytes
         _make_the_largest(engine, plan)
         return resting, counter.most_bytes
 
 
 def _make_the_largest(engine: Engine, plan: Plan) -> None:
-    for go_fast in (False, True) if EXACT in plan.precisions else (True,):
+    for precision in plan.precisions:
         for stack in (loras(engine, 2, RESERVED_RANK // 2), []):
             for mode in (Mode.TXT2IMG, Mode.INPAINT):
-                list(engine.generate(request_for(mode, LARGEST, go_fast=go_fast, steps=1), stack))
+                case = Case("dev", precision, mode, LARGEST, len(stack))
+                list(engine.generate(request_of(case, steps=1), stack))

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.dry_run.graphs import resources, triton_target
-from benchmarks.dry_run.tables import Table
+from benchmarks.tables import Table
 from engine.requantise import STAGES, TILE, WARPS, requantise_kernel
 
 WIDTHS = (3072, 12288, 15360)

@@ -10,10 +10,13 @@ import torch
 from benchmarks.dry_run.bounds import MODELLED_SECONDS
 from benchmarks.dry_run.counting import ATTENTION, BF16, CONVOLUTION, FP8, Counts, DeviceCounter, Product
 from benchmarks.dry_run.device import DEVICE, fake_device, fake_tensors
-from benchmarks.dry_run.flux import build_models
-from benchmarks.dry_run.steps import Step
-from benchmarks.dry_run.tables import Table
-from benchmarks.gpu.scales import FULL
+from benchmarks.dry_run.flux import build_models, decode
+from benchmarks.dry_run.graphs import Graph
+from benchmarks.dry_run.steps import DECODER, WITH_LORAS, Step
+from benchmarks.plan import SQUARE
+from benchmarks.scales import FULL
+from benchmarks.tables import Table
+from engine.compilation import WARM_UP_SIZE, lay_out_channels_last
 from request import Mode
 
 
@@ -43,8 +46,8 @@ ASSUMED = (
     "780 and 600, attention 650 and 500, convolution 450 and 250, memory 3.0 and 2.3, gaps 1 and 5 us, uploads 55 "
     "and 25. Measured on one H100: bf16 798 TFLOP/s at 8192 cubed, memory 3.0 TB/s; published: attention 631, fp8 "
     "per row 1200 to 1400. Host time, the safety checker and the encoding of files are left out. With go_fast LoRAs "
-    "are merged, so an image takes as long with 0, 1 and 2 of them. The floor has go_fast's products and attention "
-    "alone."
+    "are merged, so an image takes as long with 0, 1 and 2 of them; beside exact weights one takes as long as two of "
+    "together rank 64. The floor has go_fast's products and attention alone."
 )
 BEFORE_LEAN = (1178, 43.7e9)
 """Launches and elementwise bytes of a step with diffusers' fp8 blocks compiled, counted before they were replaced."""
@@ -61,24 +64,30 @@ def seconds(launches: int, elementwise_bytes: float, products: Mapping[Product, 
 
 
 def parts_of_an_image() -> dict[str, Counts]:
-    """What an image costs besides its steps, by model: its prompt encoded, and its latents decoded at 1024x1024."""
+    """What an image costs besides its steps: its prompt encoded, by model, and its latents decoded at 1024x1024."""
     found = {}
     counter = DeviceCounter()
     with fake_device(), fake_tensors(counter.on_sync), counter.watching(), torch.inference_mode():
-        for name, model in build_models().items():
+        models = build_models()
+        for name, model in models.items():
             pipeline = model.pipelines[Mode.TXT2IMG]
             found[name] = counter.restart()
             tokens = torch.zeros(1, FULL.text_tokens[name], dtype=torch.long, device=DEVICE)
             pipeline.text_encoder_2(tokens)
             pipeline.text_encoder(tokens[:, :77])
-            latents = torch.empty(1, 16, 128, 128, dtype=torch.bfloat16, device=DEVICE)
-            pipeline.vae.decode(latents, return_dict=False)
-            counter.restart()
+        lay_out_channels_last(pipeline.vae)
+        found[DECODER] = counter.restart()
+        decode(pipeline.vae, SQUARE.height // 8, SQUARE.width // 8)
+        counter.restart()
     return found
 
 
 def times_table(
-    steps: Mapping[str, Step], first: Counts, changes: Mapping[str, Counts], others: Mapping[str, Counts]
+    steps: Mapping[str, Step],
+    first: Counts,
+    changes: Mapping[str, Counts],
+    others: Mapping[str, Counts],
+    decoder: Graph,
 ) -> Table:
     """Modelled seconds of whole images at 1024x1024 and of changes.
 
@@ -87,19 +96,23 @@ def times_table(
         first: go_fast's first step of a request of dev, which holds what the others share.
         changes: by the names of `changes_table`'s rows.
         others: see `parts_of_an_image`.
+        decoder: the VAE's, compiled.
     """
     table = Table("Modelled seconds on an H100", ("modelled, 1024x1024", "one step, ms", "dev, 28 steps", "schnell, 4"))
     eager = steps["fast eager"]
     launches, moved = first.kernels - eager.launches, first.elementwise_bytes - eager.elementwise_bytes
     request = seconds(launches, moved, first.products - eager.counts.products, NOMINAL)
-    for name in ("exact eager", "exact", "fast before", "fast", "floor"):
+    decoding = {True: _work(others[DECODER]), False: _compiled_decoding(others[DECODER], decoder)}
+    for name in ("exact eager", "exact", WITH_LORAS, "fast before", "fast", "floor"):
         own = _step(steps, name)
+        decoded = decoding[name in ("exact eager", "fast before")]
         images = {}
         for model, prefix, number in (("dev", "", 28), ("schnell", "schnell ", 4)):
             step = _step(steps, name, prefix)
             images[model] = [
                 number * seconds(*step, rates)
-                + (seconds(others[model].kernels, others[model].elementwise_bytes, others[model].products, rates))
+                + seconds(*_work(others[model]), rates)
+                + seconds(*decoded, rates)
                 + (request if name == "fast" else 0)
                 for rates in (NOMINAL, BEST, WORST)
             ]
@@ -107,10 +120,11 @@ def times_table(
         for model, values in images.items():
             bound = MODELLED_SECONDS.get(f"{name} {model}")
             table.require(bound is None or values[0] <= bound, f"{name}, {model}: {values[0]:.3f} s")
+    for name, work in (("encoding the prompt", _work(others["dev"])), ("decoding", decoding[True]), ("decoding, compiled", decoding[False])):  # noqa: E501 # fmt: skip
+        table.rows.append((name, _span([1e3 * seconds(*work, rates) for rates in (NOMINAL, BEST, WORST)]), "", ""))
     for name, counts in changes.items():
         values = [
-            seconds(counts.kernels, counts.elementwise_bytes, counts.products, rates)
-            + counts.copied_bytes / rates.upload_bytes
+            seconds(*_work(counts), rates) + counts.copied_bytes / rates.upload_bytes
             for rates in (NOMINAL, BEST, WORST)
         ]
         table.rows.append((f"change of the fp8 copy, {name}", _span([1e3 * value for value in values]), "", ""))
@@ -120,6 +134,16 @@ def times_table(
 
 
 Work = tuple[int, float, Mapping[Product, int]]
+
+
+def _work(counts: Counts) -> Work:
+    return counts.kernels, counts.elementwise_bytes, counts.products
+
+
+def _compiled_decoding(eager: Counts, graph: Graph) -> Work:
+    """The decoder is all of it. The graph was made for the warm-up's size, which is a little smaller."""
+    larger = SQUARE.width * SQUARE.height / (WARM_UP_SIZE.width * WARM_UP_SIZE.height)
+    return graph.launches + graph.products, graph.triton_bytes * larger, eager.products
 
 
 def _step(steps: Mapping[str, Step], name: str, prefix: str = "") -> Work:

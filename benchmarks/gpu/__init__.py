@@ -1,1 +1,1 @@
-"""`script/bench gpu`: ours beside its peers and beside the speed of the machine's own kernels, on one GPU."""
+"""`script/bench gpu`: the dry run's plan with a clock, on a GPU that is there, beside diffusers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.plan import RANK
 from benchmarks.swap import block_layers
 from lora_loading.reading.adapter import LoraAdapter, read_adapter
 from lora_loading.shapes import ModelShapes
@@ -18,29 +20,25 @@ CHANGE = 0.02
 
 
 class Loras:
-    """The files of a run, each written and read when it is first asked for, and then kept in host memory."""
+    """The files of a run, each written when it is first asked for; the blocks of all models take the same LoRAs."""
 
     def __init__(self, folder: Path, transformer: FluxTransformer2DModel, shapes: ModelShapes) -> None:
-        """Take the layers of one model: the blocks of all models are the same, so all take the same LoRAs."""
         self._folder = folder
         self._transformer = transformer
-        self._shapes = shapes
-        self._adapters: dict[tuple[int, int], LoraAdapter] = {}
+        self.adapter = cache(lambda index: self._adapter(index, shapes))
+        """The LoRA of this number, as ours takes it."""
 
-    def adapter(self, rank: int, index: int) -> LoraAdapter:
-        """The LoRA of this rank and number, as ours takes it."""
-        if (rank, index) not in self._adapters:
-            self._adapters[rank, index] = read_adapter(self._file(rank, index), self._shapes)
-        return self._adapters[rank, index]
+    def _adapter(self, index: int, shapes: ModelShapes) -> LoraAdapter:
+        return read_adapter(self._file(index), shapes)
 
-    def state_dict(self, rank: int, index: int) -> dict[str, Tensor]:
+    def state_dict(self, index: int) -> dict[str, Tensor]:
         """The same as diffusers takes it."""
-        return load_file(self._file(rank, index))
+        return load_file(self._file(index))
 
-    def _file(self, rank: int, index: int) -> Path:
-        path = self._folder / f"rank-{rank}-{index}.safetensors"
+    def _file(self, index: int) -> Path:
+        path = self._folder / f"{index}.safetensors"
         if not path.exists():
-            save_file(random_factors(self._transformer, rank, index), path)
+            save_file(random_factors(self._transformer, RANK, index), path)
         return path
 
 

@@ -13,15 +13,16 @@ from benchmarks.dry_run.__main__ import run
 from benchmarks.dry_run.changes import changes_table
 from benchmarks.dry_run.counting import BF16, FP8, DeviceCounter, Product
 from benchmarks.dry_run.device import DEVICE, H100, fake_device, fake_tensors
-from benchmarks.dry_run.flux import SQUARE, shortened, take_step
+from benchmarks.dry_run.flux import shortened, take_step
 from benchmarks.dry_run.graphs import Recorder, recording
 from benchmarks.dry_run.images import images_table
 from benchmarks.dry_run.memory import memory_table
 from benchmarks.dry_run.rewrite import rewrite_table
-from benchmarks.dry_run.steps import compiled_graphs, graphs_table
-from benchmarks.dry_run.tables import Table
+from benchmarks.dry_run.steps import DECODER, compiled_graphs, graphs_table
 from benchmarks.dry_run.times import Rates, seconds
-from benchmarks.gpu.models import building
+from benchmarks.models import building
+from benchmarks.plan import SQUARE
+from benchmarks.tables import Table
 from engine.compilation import INDUCTOR_OPTIONS, compile_blocks
 from engine.fp8 import DYNAMIC
 from engine.working_copy import WorkingCopy
@@ -44,6 +45,14 @@ def test_go_fasts_blocks_compile_for_an_h100_once() -> None:
 
 
 @pytest.mark.slow
+def test_the_vaes_decoder_compiles_for_an_h100_once() -> None:
+    compiled = compiled_graphs(shortened(1, 1), (DECODER,))
+    assert graphs_table(compiled).problems == []
+    (graph,) = compiled[DECODER].graphs
+    assert graph.products == 40, "its convolutions, and the attention's products"
+
+
+@pytest.mark.slow
 def test_exact_blocks_compile_for_an_h100_once() -> None:
     assert graphs_table(compiled_graphs(shortened(1, 2), ("exact",))).problems == []
 
@@ -63,6 +72,11 @@ def test_the_fault_that_ended_the_setup_would_be_found(monkeypatch: pytest.Monke
     assert "CantSplit" in recorder.graphs[0].error
 
 
+def test_the_memory_plan_is_what_is_allocated_with_few_blocks() -> None:
+    table = memory_table((H100,), shortened(1, 1))
+    assert table.problems == []
+
+
 @pytest.mark.slow
 def test_the_memory_plan_is_what_is_allocated() -> None:
     table = memory_table((H100,))
@@ -73,6 +87,13 @@ def test_a_request_waits_and_copies_only_where_that_is_planned() -> None:
     table = images_table((SQUARE,), ("dev",), shortened(1, 1))
     assert table.problems == []
     assert len(table.rows) == 18
+
+
+def test_a_change_of_loras_stays_within_its_bounds_with_few_blocks() -> None:
+    table, counts = changes_table(shortened(1, 2))
+    assert table.problems == []
+    read_and_written = 3 * 66 * 3072**2  # bf16 and fp8 of one double and two single blocks
+    assert counts["to none"].moved_bytes >= read_and_written
 
 
 @pytest.mark.slow

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from benchmarks.gpu.scales import Scale
+from benchmarks.scales import Scale
 from engine.loading import Model, pipelines_over
 from engine.profiles import TINY, ModelProfile
-from request import Mode
 
 MODELS = {"dev": True, "schnell": False}
 """Whether each has a guidance embedder."""
@@ -52,15 +51,6 @@ class Weights:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(TINY / f"tiny-{name}", subfolder="scheduler")
         pipelines = pipelines_over(twin(self.transformers[name]), {**parts, "scheduler": scheduler})
         return Model(ModelProfile(name, "", "", self.text_tokens[name]), pipelines)
-
-    def pipeline(self, name: str) -> FluxPipeline:
-        """One model's pipeline from text to image, for the peers."""
-        return self.models(name)[name].pipelines[Mode.TXT2IMG]
-
-    def unused_bytes(self, models: frozenset[str]) -> int:
-        """What the transformers of the other models take."""
-        parked = (self.transformers[name] for name in self.transformers.keys() - models)
-        return sum(p.numel() * p.element_size() for module in parked for p in module.parameters())
 
 
 def twin(module: Any) -> Any:  # noqa: ANN401 - the same class as the given

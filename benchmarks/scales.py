@@ -1,4 +1,4 @@
-"""What is measured, as two rows of one table: FLUX.1 as it is, and the same in small for a CPU. Builds nothing.
+"""Sizes of models, as two rows of one table: FLUX.1 as it is, and the same in small for a CPU. Builds nothing.
 
 The small one has the same classes, pipelines, rows and report; its times say nothing about the large one's. No number
 of tokens is equal to a width in either: torch.compile would take such two for one, and compile again where they part.
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from benchmarks.plan import SIZES
+from request import Size
 
 
 @dataclass(frozen=True)
@@ -24,20 +27,18 @@ class Scale:
     text_tokens: Mapping[str, int]
     """Length of the T5 prompt, for each model."""
     steps: Mapping[str, int]
-    """Denoising steps of a whole image, for each model."""
+    """Denoising steps of an image of the first size, for each model."""
     few_steps: int
-    """Denoising steps of the rows whose end to end time is worked out from a part of it."""
-    sizes: tuple[tuple[int, int], ...]
-    """Width and height; the first is the main one."""
-    ranks: tuple[int, int]
-    """Of the LoRAs; the first is the main one."""
+    """Of other sizes."""
+    sizes: tuple[Size, ...]
     runs: int
-    """Timed images a row, after a first that is not."""
-    swaps: int
-    """Timed changes of LoRAs or of the model, after two that are not."""
-    gemm_rows: tuple[int, ...]
-    """M of the matrix products: tokens of both streams together, of the image, and of the prompt."""
-    gemm_repeats: int
+    """Timed images a row, and rounds of changes, after a first that is not timed."""
+    tokens: int
+    """Of text and image together, for which kernels are measured."""
+    map_size: tuple[int, int]
+    """Height and width of the VAE's maps for which a convolution is measured."""
+    repeats: int
+    """Of each measured kernel."""
     copied_bytes: int
     compiler: str
     """torch.compile's backend for the peers; the small one's only traces."""
@@ -73,12 +74,11 @@ FULL = Scale(
     text_tokens={"dev": 512, "schnell": 256},
     steps={"dev": 28, "schnell": 4},
     few_steps=4,
-    sizes=((1024, 1024), (512, 512), (1440, 1440), (1216, 832)),
-    ranks=(16, 128),
+    sizes=SIZES,
     runs=2,
-    swaps=20,
-    gemm_rows=(4608, 4096, 512),
-    gemm_repeats=20,
+    tokens=4608,
+    map_size=(512, 512),
+    repeats=20,
     copied_bytes=2**31,
     compiler="inductor",
 )
@@ -107,12 +107,11 @@ TINY = Scale(
     text_tokens={"dev": 28, "schnell": 20},
     steps={"dev": 3, "schnell": 2},
     few_steps=2,
-    sizes=((96, 80), (64, 48)),
-    ranks=(4, 8),
+    sizes=(Size(96, 80), Size(64, 48)),
     runs=1,
-    swaps=4,
-    gemm_rows=(58, 30, 28),
-    gemm_repeats=2,
+    tokens=58,
+    map_size=(12, 10),
+    repeats=2,
     copied_bytes=2**22,
     compiler="eager",
 )
