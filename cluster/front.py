@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from cluster.ledger import Entry
+from cluster.ledger import Entry, Verdict
 from cluster.ledger_actor import ledger
 from cluster.metrics import ACCEPTED, LORA_FETCHES, REQUESTS, RETRIES, WAITING_SECONDS
 from cluster.replica import PLACEHOLDER
@@ -86,10 +86,10 @@ class Front:
             return Response(refused.content, refused.status, media_type=refused.media_type)
         running = Running(prediction, Entry(prediction.id, self._name, _kept(prediction) if asynchronous else None))
         verdict = await self._ask("accept", running.entry)
-        if verdict == "known":
+        if verdict.outcome == "known":
             return JSONResponse({"id": prediction.id, "status": "processing"}, 202)
-        if verdict != "accepted":
-            return await self._unavailable(verdict)
+        if verdict.outcome != "accepted":
+            return _unavailable(verdict)
         task = self._begin(running)
         if asynchronous:
             return JSONResponse({"id": prediction.id, "status": "starting"}, 202)
@@ -110,16 +110,6 @@ class Front:
         finally:
             watching.cancel()
 
-    async def _unavailable(self, verdict: str) -> Response:
-        REQUESTS.inc(tags={"outcome": "unavailable"})
-        if verdict == "closed":
-            error = "The fleet is ending. Ask again when it is back."
-            return JSONResponse({"error": error, "status": "failed"}, 503, {"Retry-After": "10"})
-        state = await self._ask("state")
-        seconds = max(1, math.ceil(state["mean_seconds"]))
-        error = f"All {state['bound']} places are taken. Ask again in {seconds} s."
-        return JSONResponse({"error": error, "status": "failed"}, 503, {"Retry-After": str(seconds)})
-
     async def _cancel(self, request: Request) -> Response:
         id = request.path_params["id"]
         running = self._running.get(id)
@@ -129,13 +119,12 @@ class Front:
         return JSONResponse({}, 200 if known else 404)
 
     async def _health(self, request: Request) -> Response:
-        facts = await self._ask("replica")
-        if not facts:
+        health, state = await self._ask("health")
+        if not health:
             return JSONResponse({"status": "STARTING"})
-        state = await self._ask("state")
         ACCEPTED.set(state["accepted"])
         status = "DEFUNCT" if state["closed"] else "BUSY" if state["accepted"] >= state["bound"] else "READY"
-        return JSONResponse({**facts["health"], "status": status, "queue": state})
+        return JSONResponse({**health, "status": status, "queue": state})
 
     async def _openapi(self, request: Request) -> Response:
         facts = await self._ask("replica")
@@ -159,23 +148,29 @@ class Front:
         return running.task
 
     async def _run(self, running: Running) -> tuple[int, bytes]:
-        """Run it, repeat it where its replica is lost, deliver the last webhook, and forget it."""
+        """Run it, repeat it where its replica is lost, deliver the last webhook, and forget it.
+
+        The ledger keeps a result only where another front may have to deliver it; else it is told once, at the end.
+        """
         started, prediction = time.monotonic(), running.prediction
         status, content = 200, running.entry.answer
+        delivers = prediction.webhook is not None and "completed" in prediction.events
         if content is None:
             status, content = await self._result(running)
-            await self._ask("answered", prediction.id, content, time.monotonic() - started)
-        WAITING_SECONDS.observe(time.monotonic() - started)
+            if delivers:
+                await self._ask("answered", prediction.id, content)
+        seconds = time.monotonic() - started
+        WAITING_SECONDS.observe(seconds)
         _count(content)
-        if prediction.webhook and "completed" in prediction.events:
-            delivery = asyncio.ensure_future(self._deliver(running, content))
+        if delivers:
+            delivery = asyncio.ensure_future(self._deliver(running, content, seconds))
             self._background.add(delivery)
             delivery.add_done_callback(self._background.discard)
         else:
-            await self._forget(running)
+            await self._forget(running, seconds)
         return status, content
 
-    async def _deliver(self, running: Running, content: bytes) -> None:
+    async def _deliver(self, running: Running, content: bytes, seconds: float) -> None:
         prediction, pause = running.prediction, 0.1
         webhook, event = str(prediction.webhook), _with_input(content, prediction)
         for _ in range(WEBHOOK_ATTEMPTS):
@@ -188,11 +183,11 @@ class Front:
                 pass
             await asyncio.sleep(pause)
             pause = min(2 * pause, 30.0)
-        await self._forget(running)
+        await self._forget(running, seconds)
 
-    async def _forget(self, running: Running) -> None:
+    async def _forget(self, running: Running, seconds: float) -> None:
         self._running.pop(running.prediction.id, None)
-        await self._ask("finished", running.prediction.id, self._name)
+        await self._ask("finished", running.prediction.id, self._name, seconds)
 
     async def _result(self, running: Running) -> tuple[int, bytes]:
         prediction = running.prediction
@@ -283,6 +278,16 @@ def _kept(prediction: Prediction) -> dict[str, Any]:
 def _restored(entry: Entry) -> Prediction:
     kept = entry.request or {}
     return Prediction(entry.id, kept["input"], kept["webhook"], tuple(kept["events"]))
+
+
+def _unavailable(verdict: Verdict) -> Response:
+    REQUESTS.inc(tags={"outcome": "unavailable"})
+    if verdict.outcome == "closed":
+        error = "The fleet is ending. Ask again when it is back."
+        return JSONResponse({"error": error, "status": "failed"}, 503, {"Retry-After": "10"})
+    seconds = max(1, math.ceil(verdict.mean_seconds))
+    error = f"All {verdict.bound} places are taken. Ask again in {seconds} s."
+    return JSONResponse({"error": error, "status": "failed"}, 503, {"Retry-After": str(seconds)})
 
 
 def _document(running: Running, status: str, error: str | None = None) -> bytes:

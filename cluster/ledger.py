@@ -38,6 +38,16 @@ class Entry:
     """When this ledger took it in, by its own clock."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a prediction was admitted, with what its client is told otherwise, so that nobody has to ask twice."""
+
+    outcome: str
+    """"accepted", "known" where its id is running, "full" or "closed"."""
+    bound: int = 0
+    mean_seconds: float = 1.0
+
+
 @dataclass
 class News:
     """What a front has to be told."""
@@ -80,25 +90,31 @@ class Ledger:
 
     # Predictions
 
-    async def accept(self, entry: Entry) -> str:
-        """Admit a prediction: "accepted", "known" where its id is running, "full" or "closed"."""
+    async def accept(self, entry: Entry) -> Verdict:
+        """Admit a prediction, or say why not."""
         if entry.id in self._entries:
-            return "known"
+            return Verdict("known")
         if self._closed:
-            return "closed"
+            return Verdict("closed", self._bound)
         if len(self._entries) >= self._bound:
-            return "full"
+            return Verdict("full", self._bound, self._mean_seconds())
         self._entries[entry.id] = replace(entry, since=time.monotonic())
-        return "accepted"
+        return Verdict("accepted")
 
-    async def answered(self, id: str, answer: bytes, seconds: float) -> None:
+    async def answered(self, id: str, answer: bytes) -> None:
         """Keep the result of an asynchronous prediction until it is delivered."""
-        self._seconds.append(seconds)
         if (entry := self._entries.get(id)) is not None and entry.request is not None:
             entry.answer = answer
 
-    async def finished(self, id: str, front: str) -> None:
-        """Forget a prediction that its client has heard of."""
+    async def finished(self, id: str, front: str, seconds: float) -> None:
+        """Forget a prediction that nothing is left to do for.
+
+        Args:
+            id: the prediction's.
+            front: who answered for it; another one's word does not count.
+            seconds: from its acceptance to its result.
+        """
+        self._seconds.append(seconds)
         entry = self._entries.get(id)
         if entry is not None and entry.front == front:
             del self._entries[id]
@@ -172,11 +188,17 @@ class Ledger:
 
     async def state(self) -> dict[str, Any]:
         """How much is accepted, the bound, whether it is closed, and the seconds of a prediction lately."""
-        mean = sum(self._seconds) / len(self._seconds) if self._seconds else 1.0
         return {
             "accepted": len(self._entries),
             "bound": self._bound,
             "closed": self._closed,
-            "mean_seconds": mean,
+            "mean_seconds": self._mean_seconds(),
             "asynchronous": sum(entry.request is not None for entry in self._entries.values()),
         }
+
+    async def health(self) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """The health document of the replica that got ready last, empty while none did, and the ledger's `state`."""
+        return self._replica.get("health", {}), await self.state()
+
+    def _mean_seconds(self) -> float:
+        return sum(self._seconds) / len(self._seconds) if self._seconds else 1.0
