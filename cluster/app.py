@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,48 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 
 from cluster.front import Front
 from cluster.ledger_actor import start_ledger
-from cluster.replica import Replica
+from cluster.replica import LIMIT_SECONDS, Replica
 from cluster.routing import PATIENCE_SECONDS
 
 APP = "flux"
 DRAIN_SECONDS = 900.0
-"""How long replicas and fronts may take to end what they run."""
+"""How long replicas and fronts may take to end what they run, at least."""
+IDLE_SECONDS = 300.0
+"""How long there must be too many replicas before one leaves."""
 
 
-def application(least: int, most: int, fronts: int, patience_seconds: float) -> Any:  # noqa: ANN401
-    """The Serve application: fronts over replicas.
+@dataclass(frozen=True)
+class Size:
+    """What a fleet is told about itself."""
 
-    Args:
-        least: replicas, at least.
-        most: replicas, at most; where it is more than `least`, their number follows the queue.
-        fronts: how many fronts.
-        patience_seconds: how long a request waits for the replica that has its LoRAs.
-    """
+    least: int = 1
+    """Replicas, at least."""
+    most: int = 1
+    """Replicas, at most; where it is more than `least`, their number follows the queue."""
+    fronts: int = 2
+    patience_seconds: float = PATIENCE_SECONDS
+    """How long a request waits for the replica that has its LoRAs."""
+    limit_seconds: float = LIMIT_SECONDS
+    """How long a prediction may take on a replica."""
+    idle_seconds: float = IDLE_SECONDS
+
+
+def application(size: Size) -> Any:  # noqa: ANN401
+    """The Serve application: fronts over replicas."""
     router = RequestRouterConfig(
-        request_router_class="cluster.router:LoraRouter", request_router_kwargs={"patience_seconds": patience_seconds}
+        request_router_class="cluster.router:LoraRouter",
+        request_router_kwargs={"patience_seconds": size.patience_seconds},
     )
-    size: dict[str, Any] = {"num_replicas": most}
-    if most > least:
+    number: dict[str, Any] = {"num_replicas": size.most}
+    if size.most > size.least:
         scaling = AutoscalingConfig(
-            min_replicas=least, max_replicas=most, target_ongoing_requests=1.5, downscale_delay_s=300
+            min_replicas=size.least,
+            max_replicas=size.most,
+            target_ongoing_requests=1.5,
+            downscale_delay_s=size.idle_seconds,
         )
-        size = {"autoscaling_config": scaling}
+        number = {"autoscaling_config": scaling}
+    drain_seconds = max(DRAIN_SECONDS, size.limit_seconds + 60)
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     replicas = serve.deployment(
         Replica,
@@ -54,34 +71,40 @@ def application(least: int, most: int, fronts: int, patience_seconds: float) -> 
         request_router_config=router,
         health_check_period_s=1,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_timeout_s=drain_seconds,
         graceful_shutdown_wait_loop_s=0.5,
-        **size,
+        **number,
     )
     front = serve.deployment(
         serve.ingress()(Front),
         name="front",
-        num_replicas=fronts,
+        num_replicas=size.fronts,
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_timeout_s=drain_seconds,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    threads = None if gpus else max(1, (os.cpu_count() or 1) // most)  # without a GPU replicas share the cores
-    return front.bind(replicas.bind(threads))
+    threads = None if gpus else max(1, (os.cpu_count() or 1) // size.most)  # without a GPU they share the cores
+    return front.bind(replicas.bind(threads, size.limit_seconds))
 
 
 def deployed(settings: dict[str, Any]) -> Any:  # noqa: ANN401
     """The application for a cluster that others started, such as KubeRay's: `import_path: cluster.app:deployed`.
 
     Args:
-        settings: `replicas` as on the command line ("2" or "1:8"), `queue`, `fronts`, `patience`.
+        settings: as on the command line: `replicas` ("2" or "1:8"), `queue`, `fronts`, `patience`,
+            `limit`, `idle`.
+
+    Raises:
+        ValueError: one of them is unknown, or its value wrong.
     """
-    least, most = replicas(str(settings.get("replicas", "1")))
-    start_ledger(most + int(settings.get("queue", 50)), lifetime="detached")
-    patience = float(settings.get("patience", PATIENCE_SECONDS))
-    return application(least, most, int(settings.get("fronts", 2)), patience)
+    try:
+        given = parser().parse_args([f"--{name}={value}" for name, value in settings.items()])
+    except SystemExit:  # Ray would report it without a word
+        raise ValueError(f"these are not settings of the fleet: {settings}") from None
+    start_ledger(given.replicas[1] + given.queue, lifetime="detached")
+    return application(size_of(given))
 
 
 class Fleet:
@@ -92,12 +115,17 @@ class Fleet:
         self._folder = folder
         self.stopping = threading.Event()
         self.impatient = threading.Event()
+        self.updating = threading.Event()
 
     def on_signal(self, *_: object) -> None:
         """End after the accepted predictions; a second signal does not wait for them."""
         if self.stopping.is_set():
             self.impatient.set()
         self.stopping.set()
+
+    def on_hangup(self, *_: object) -> None:
+        """Replace every front and replica, and go on serving meanwhile."""
+        self.updating.set()
 
     def run(self) -> int:
         """Serve until a signal or until Ray ends; return the exit status."""
@@ -106,15 +134,9 @@ class Fleet:
         start_ray(self._folder)
         try:
             self._ledger = start_ledger(a.replicas[1] + a.queue)  # the actor lives as long as this handle
-            http = HTTPOptions(host=a.host, port=a.port)
-            serve.start(proxy_location="HeadOnly", http_options=http, logging_config={"log_level": "WARNING"})
-            least, most = a.replicas
-            app = application(least, most, a.fronts, a.patience)
+            start_serve(HTTPOptions(host=a.host, port=a.port))
             say(f"starting {a.replicas[0]} replicas; ctrl-C stops")
-            try:
-                serve.run(app, name=APP, route_prefix="/")
-            except RuntimeError as error:
-                say(f"Error: {error} {faults()}")
+            if not self._deploy():
                 return 1
             if self._wait_until_ready():
                 seconds = time.monotonic() - started
@@ -123,15 +145,38 @@ class Fleet:
             while not self.stopping.wait(0.5):
                 if not ray.is_initialized():
                     return 1
+                if self.updating.is_set():
+                    self._update()
             self._drain()
         finally:
             end_ray()
         say("stopped")
         return 0
 
+    def _deploy(self) -> bool:
+        """Start the application, or a new version of it; False, and a line that says why, where it does not come up."""
+        try:
+            serve.run(application(size_of(self._arguments)), name=APP, route_prefix="/")
+        except RuntimeError as error:
+            say(f"Error: {error} {faults()}")
+            return False
+        return True
+
+    def _update(self) -> None:
+        self.updating.clear()
+        say("updating: every front and replica is replaced when it has ended what it runs")
+        deploying = threading.Thread(target=self._deploy, daemon=True)  # a signal to stop must not wait for it
+        deploying.start()
+        while deploying.is_alive() and not self.stopping.wait(0.3):
+            pass
+        if not self.stopping.is_set() and serve.status().applications[APP].status == "RUNNING":
+            say("updated")
+
     def _wait_until_ready(self) -> bool:
         while not self.stopping.is_set():
-            if serve.status().applications[APP].status == "RUNNING" and ray.get(self._ledger.replica.remote()):
+            status = serve.status()
+            listening = [proxy for proxy in status.proxies.values() if proxy == "HEALTHY"]
+            if status.applications[APP].status == "RUNNING" and listening and ray.get(self._ledger.replica.remote()):
                 return True
             self.stopping.wait(0.3)
         return False
@@ -154,6 +199,14 @@ def start_ray(folder: Path) -> None:
         _node_ip_address="127.0.0.1",
         _temp_dir=str(folder / "ray"),
     )
+
+
+def start_serve(http: HTTPOptions) -> None:
+    """Start Serve and its HTTP proxy; where the proxy takes longer than Serve waits, it is started all the same."""
+    for _ in range(2):
+        with suppress(TimeoutError):  # after a minute: the machine is busy, and the proxy is still being started
+            serve.start(proxy_location="HeadOnly", http_options=http, logging_config={"log_level": "WARNING"})
+            return
 
 
 def end_ray() -> None:
@@ -224,7 +277,28 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long a prediction waits for the replica that has its LoRAs while others are idle (default 0)",
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT_SECONDS,
+        metavar="SECONDS",
+        help="how long a prediction may take on a replica before both are ended (default 900)",
+    )
+    parser.add_argument(
+        "--idle",
+        type=float,
+        default=IDLE_SECONDS,
+        metavar="SECONDS",
+        help="with N:M, how long a replica is not needed before it leaves (default 300)",
+    )
     return parser
+
+
+def size_of(arguments: argparse.Namespace) -> Size:
+    """What the command line says of the application."""
+    a = arguments
+    least, most = a.replicas
+    return Size(least, most, a.fronts, a.patience, a.limit, a.idle)
 
 
 def run(folder: Path) -> int:
@@ -243,4 +317,5 @@ def run(folder: Path) -> int:
     fleet = Fleet(arguments, folder)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, fleet.on_signal)
+    signal.signal(signal.SIGHUP, fleet.on_hangup)
     return fleet.run()

@@ -2,7 +2,8 @@
 
 Between the replica and the server stands a guardian: this module, run as a program. It ends the server when its own
 standard input closes, which the kernel does however the replica ends. It leaves the replica's process tree, since Ray
-kills the children of a worker that ends, and a killed guardian guards nothing.
+kills the children of a worker that ends, and a killed guardian guards nothing. On Linux it inherits what a killed
+server leaves behind, and ends that too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,24 +24,27 @@ PROJECT = Path(__file__).parent.parent
 SERVER = (str(PROJECT / ".venv" / "bin" / "python"), "-m", "cli.serve")
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 """Of prctl(2) on Linux."""
+SEAT = "{seat}"
+"""Stands in FLUX_CACHE_DIR for the replica's seat."""
 
 
 class Child:
     """The server on a free port of the loopback interface."""
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, seat: str, threads: int | None = None) -> None:
         """Start it.
 
         Args:
+            seat: the replica's, for a cache folder of its own.
             threads: how many torch may use on the CPU; None leaves it to torch, which takes every core.
         """
-        share = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self.port = free_port()
         self._guardian = subprocess.Popen(
             [sys.executable, "-m", "cluster.child", *SERVER, "--port", str(self.port)],
             cwd=PROJECT,
-            env={**os.environ, **share, "PYTHONPATH": str(PROJECT)},
+            env={**os.environ, **own_environment(os.environ, seat, threads), "PYTHONPATH": str(PROJECT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -65,6 +70,13 @@ class Child:
         return bool(self._guardian.stdout and select.select([self._guardian.stdout], [], [], seconds)[0])
 
 
+def own_environment(given: Mapping[str, str], seat: str, threads: int | None) -> dict[str, str]:
+    """The variables of a child that differ from those of the fleet: its cache folder and its share of the cores."""
+    folder = given.get("FLUX_CACHE_DIR", "")
+    own = {"FLUX_CACHE_DIR": folder.replace(SEAT, seat)} if SEAT in folder else {}
+    return own if threads is None else {**own, "OMP_NUM_THREADS": str(threads)}
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on now."""
     with socket.socket() as listener:
@@ -74,7 +86,8 @@ def free_port() -> int:
 
 
 def guard(command: list[str]) -> None:
-    """Run a command until it ends or standard input closes. What it prints goes to standard error."""
+    """Run a command until it ends or standard input closes; nothing of it is left. It prints to standard error."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
     server = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -95,12 +108,31 @@ def guard(command: list[str]) -> None:
 
     threading.Thread(target=end_with_replica, daemon=True).start()
     server.wait()
+    while orphans := _children():
+        for pid in orphans:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def _end_with_guardian() -> None:
     """Have the kernel send SIGTERM to this process when its parent dies, where it can."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(option, value)
+
+
+def _children() -> list[int]:
+    """This process's, by /proc; none where there is no such folder."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parent = status.read_text().rpartition(")")[2].split()[1]  # after the name, which may hold anything
+            found += [int(status.parent.name)] if int(parent) == os.getpid() else []
+    return found
 
 
 def main() -> None:

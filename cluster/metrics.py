@@ -14,4 +14,5 @@ WAITING_SECONDS = Histogram(
 )
 PREDICTION_SECONDS = Histogram("flux_prediction_seconds", "On the replica.", boundaries=[0.5, 1, 2, 4, 8, 16, 32, 64])
 REPLICAS_LOST = Counter("flux_replicas_lost", "Replicas that ended because their predictor died.")
+STUCK = Counter("flux_predictions_stuck", "Predictions that were ended at the limit, with their predictor.")
 LORA_FETCHES = Counter("flux_lora_files", "LoRA files by how they were found in the cache.", tag_keys=("outcome",))

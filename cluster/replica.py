@@ -1,11 +1,13 @@
 """A replica: one GPU, one seat, one child that is the project's own server. One prediction at a time.
 
-It is not repaired: when its child dies, it ends itself, Serve starts another one, and fronts repeat what it ran.
+It is not repaired: when its child dies, it ends itself, Serve starts another one, and fronts repeat what it ran. A
+prediction that has not ended at the limit is not repeated: it ends with an error, and its child with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import threading
@@ -25,7 +27,7 @@ from starlette.routing import Route
 
 from cluster.child import Child, free_port
 from cluster.ledger_actor import ledger
-from cluster.metrics import PREDICTION_SECONDS, REPLICAS_LOST
+from cluster.metrics import PREDICTION_SECONDS, REPLICAS_LOST, STUCK
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,20 +36,26 @@ SLOT_SECONDS = 10.0
 """Cog's server answers 409 for a moment after it has answered; longer means that something else uses it."""
 START_SECONDS = 3600.0
 """Loading 57 GB from a network disk takes minutes, fetching them longer."""
+LIMIT_SECONDS = 900.0
+"""How long a prediction may take on a replica. Four images of 50 steps take minutes, compiling and fetching too."""
+CANCEL_SECONDS = 10.0
+"""How long the child's server may take to answer a cancellation."""
 
 
 class Replica:
     """The deployment's class; Serve makes one a replica."""
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, limit_seconds: float = LIMIT_SECONDS) -> None:
         """Start the child and wait until it is ready; an exception lets Serve try again.
 
         Args:
             threads: as for `Child`.
+            limit_seconds: how long a prediction may take here, waiting in the queue not counted.
         """
+        self._limit_seconds = limit_seconds
         self._seat = str(serve.get_replica_context().rank.rank)
         _end_with_parent()
-        self._child = Child(threads)
+        self._child = Child(f"seat-{self._seat}", threads)
         self._client = httpx.AsyncClient(base_url=self._child.address, timeout=httpx.Timeout(None, connect=10))
         self._facts = self._wait_until_ready()
         ray.get(ledger().replica_is_ready.remote(self._facts))
@@ -94,13 +102,18 @@ class Replica:
             wants_events: whether it wants any of them.
         """
         started = time.monotonic()
+        deadline = started + self._limit_seconds
         if wants_events and webhook:
             body = await self._events.prepare(id, webhook, body)
         running = asyncio.ensure_future(self._put(id, body))
         try:
-            status, answer = await asyncio.shield(running)
+            await asyncio.wait([running], timeout=self._limit_seconds)
+            if not running.done():
+                await self._give_up(id, running)
+                return 200, too_long(id, self._limit_seconds)
+            status, answer = running.result()
         except asyncio.CancelledError:
-            await self._cancel(id, running)
+            await self._cancel(id, running, deadline)
             raise
         finally:
             await self._events.done(id)
@@ -139,14 +152,36 @@ class Replica:
         self._child.end()
         os._exit(1)
 
-    async def _cancel(self, id: str, running: asyncio.Future[tuple[int, bytes]]) -> None:
-        """Cancel by id, again until the child has answered."""
+    async def _cancel(self, id: str, running: asyncio.Future[tuple[int, bytes]], deadline: float) -> None:
+        """Cancel by id, again until the child has answered: Cog loses a cancellation that comes too early."""
         while not running.done():
+            if time.monotonic() > deadline:
+                await self._give_up(id, running)
+                return
             try:
-                await self._client.post(f"/predictions/{id}/cancel")
+                await self._client.post(f"/predictions/{id}/cancel", timeout=CANCEL_SECONDS)
+            except httpx.TimeoutException:
+                continue
             except httpx.HTTPError:
                 return
             await asyncio.wait([running], timeout=0.5)
+
+    async def _give_up(self, id: str, running: asyncio.Future[tuple[int, bytes]]) -> None:
+        """End the child, which runs a prediction that does not end; the next look at its health ends this replica."""
+        logger.error("prediction %s: no end within %.0f s, so its predictor is ended", id, self._limit_seconds)
+        STUCK.inc()
+        running.cancel()
+        await asyncio.to_thread(self._child.end)
+
+
+def too_long(id: str, limit_seconds: float) -> bytes:
+    """The answer to a prediction that was ended at the limit."""
+    error = (
+        f"The prediction did not end within {limit_seconds:g} s, the fleet's limit, and was stopped with its predictor."
+        " Ask for fewer steps or outputs, or let the operator raise --limit."
+    )
+    document = {"id": id, "logs": "", "error": error, "status": "failed"}
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 class EventRelay:

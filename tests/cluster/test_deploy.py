@@ -43,7 +43,7 @@ def test_kuberays_application_is_in_the_tree_and_its_versions_are_the_pinned_one
     module, name = application["import_path"].split(":")
     tree = ast.parse((PROJECT / f"{module.replace('.', '/')}.py").read_text())
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assert set(application["args"]) == {"replicas", "queue", "fronts", "patience"}
+    assert set(application["args"]) == {"replicas", "queue", "fronts", "patience", "limit", "idle"}
     assert application["args"]["patience"] >= PATIENCE_SECONDS
     pinned = (PROJECT / "cluster" / "requirements.txt").read_text()
     assert f"ray=={service['rayClusterConfig']['rayVersion']}" in pinned

@@ -38,7 +38,7 @@ QUICK = {
     "seed": 7,
 }
 LONG = {**QUICK, "num_inference_steps": 50, "num_outputs": 4, "megapixels": "1", "model": "dev"}
-READY_SECONDS = 400
+READY_SECONDS = 1200
 QUEUE = 12
 
 

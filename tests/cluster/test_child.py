@@ -1,0 +1,64 @@
+"""A replica's child: nothing of it is left, however its parts end; and what it is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.child import own_environment
+from tests.paths import PROJECT
+
+SERVER = """
+import os, pathlib, signal, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+pathlib.Path(sys.argv[1]).write_text(f"{worker.pid} ")
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(300)
+"""
+"""A server with a worker in a session of its own, as `cli.serve` has one."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are inherited on Linux alone")
+@pytest.mark.parametrize("how", ["killed", "stopped", "deaf"])
+def test_nothing_is_left_of_a_server(tmp_path: Path, how: str) -> None:
+    noted = tmp_path / "worker"
+    guardian = subprocess.Popen(
+        [sys.executable, "-m", "cluster.child", sys.executable, "-c", SERVER, str(noted), how],
+        cwd=PROJECT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    guardian.wait(60)
+    deadline = time.monotonic() + 60
+    while not (noted.exists() and noted.read_text().endswith(" ")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker = int(noted.read_text())
+    assert guardian.stdin is not None
+    assert guardian.stdout is not None
+    if how != "killed":
+        guardian.stdin.close()  # as when the replica is gone
+    assert guardian.stdout.read() == b""  # closed when the guardian has ended
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads", "own"),
+    [
+        ({}, None, {}),
+        ({"FLUX_CACHE_DIR": "/disk"}, 2, {"OMP_NUM_THREADS": "2"}),
+        ({"FLUX_CACHE_DIR": "/disk/{seat}"}, None, {"FLUX_CACHE_DIR": "/disk/seat-3"}),
+    ],
+)
+def test_a_child_has_its_share_and_a_folder_of_its_own_where_that_is_asked_for(
+    given: dict[str, str], threads: int | None, own: dict[str, str]
+) -> None:
+    assert own_environment(given, "seat-3", threads) == own
