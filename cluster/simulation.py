@@ -139,12 +139,11 @@ def simulate(case: Case, policy: Policy, seed: int = 0) -> Outcome:
     """Run one policy on one case; the first third of the predictions fills the caches and is not counted."""
     rng = random.Random(seed)  # of the policy alone: every policy meets the same predictions
     seats = {f"seat-{number}": Seat(f"seat-{number}") for number in range(case.replicas)}
-    arrivals = _arrivals(case, random.Random(seed + 1))
+    arrivals, draw = predictions(case, seed)
     total = case.requests_each * case.replicas
     events: list[tuple[float, int, str]] = [(next(arrivals), 0, "")]
     queue: deque[Waiting] = deque()
     tie, times, hits, served = count(1), [], [], 0
-    draw = _loras(case, random.Random(seed + 2))
     while events and served < total:
         now, _, freed = heapq.heappop(events)
         if freed == "":
@@ -188,7 +187,12 @@ def _assigned(
                 return
 
 
-def _arrivals(case: Case, rng: random.Random) -> Iterator[float]:
+def predictions(case: Case, seed: int) -> tuple[Iterator[float], Iterator[int]]:
+    """When predictions arrive, in seconds, and the LoRA of each, without end."""
+    return arrivals_of(case, random.Random(seed + 1)), loras_of(case, random.Random(seed + 2))
+
+
+def arrivals_of(case: Case, rng: random.Random) -> Iterator[float]:
     """Times of a Poisson process."""
     rate, now = case.load * case.replicas / (case.image_seconds + case.swap_seconds), 0.0
     while True:
@@ -196,7 +200,8 @@ def _arrivals(case: Case, rng: random.Random) -> Iterator[float]:
         yield now
 
 
-def _loras(case: Case, rng: random.Random) -> Iterator[int]:
+def loras_of(case: Case, rng: random.Random) -> Iterator[int]:
+    """The LoRA of each prediction: Zipf's law."""
     cumulative = list(accumulate(1 / rank**case.zipf for rank in range(1, case.loras + 1)))
     numbers = range(case.loras)
     while True:
