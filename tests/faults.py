@@ -166,7 +166,7 @@ class FaultyPredictor(predict.Predictor):
 
         def ours() -> list[str]:
             strangers = "_DummyThread", "TMonitor"  # coglet's, and the one that watches progress bars
-            staying = "MainThread", "device_0", "safety-check"
+            staying = "MainThread", "device", "safety-check"
             threads = [thread for thread in threading.enumerate() if type(thread).__name__ not in strangers]
             return [thread.name for thread in threads if thread.name not in staying]
 

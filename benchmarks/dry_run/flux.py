@@ -72,7 +72,7 @@ def engine_of(layout: Layout = EVERYTHING_ON_THE_DEVICE, scale: Scale = FULL, *,
     models = build_models(layout, scale)
     engine = assemble(
         models, DYNAMIC, DEVICE, layout,
-        compiling=compiling, lora_gain=1.5, rewrite=requantise, thread=DeviceThread.current(),
+        compiling=compiling, lora_gain=1.5, rewrite=requantise, thread=DeviceThread(adopt=True),
     )  # fmt: skip
     for model in (*engine.exact.models.values(), *(engine.fast.models.values() if engine.fast else ())):
         for pipeline in model.pipelines.values():

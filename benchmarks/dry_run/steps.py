@@ -164,6 +164,7 @@ def eager_steps(scale: Scale = FULL) -> dict[str, Counts]:
                 take_step(transformer, shared=shared)
             counter.restart()
         for model, prefix in (("dev", ""), ("schnell", "schnell ")):
+            counter.restart()
             engine.exact.adapters[model].apply(loras(engine, 2, RESERVED_RANK // 2))
             found[prefix + WITH_LORAS] = counter.restart()
             take_step(transformer_of(engine, "exact", model), text_tokens=FULL.text_tokens[model])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextvars
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -14,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from engine.device_thread import DeviceThread
+from engine.device_thread import DeviceThread, Job, Unwanted
 from engine.engine import Engine
 from request import Mode
 from tests.cancelling import cancelled_after
 from tests.conftest import QUICK, request_of
+from tests.paths import PROJECT
 
 PREDICTION: contextvars.ContextVar[str] = contextvars.ContextVar("prediction")
 
@@ -141,20 +144,15 @@ def test_a_cancellation_at_any_moment_leaves_a_thread_that_works(thread: DeviceT
     assert thread.run(lambda: 5) == 5
 
 
-def test_work_that_is_cancelled_before_its_turn_does_not_begin(thread: DeviceThread) -> None:
+def test_work_that_is_unwanted_before_its_turn_does_not_begin() -> None:
     begun: list[str] = []
-    release = threading.Event()
-    first = threading.Thread(target=lambda: thread.run(lambda: release.wait(10)))
-    first.start()
-    time.sleep(0.05)
-    second = threading.Thread(target=lambda: cancelled_after(0.05, lambda: thread.run(lambda: begun.append("second"))))
-    second.start()
-    time.sleep(0.4)
-    release.set()
-    first.join(10)
-    second.join(10)
+    job = Job(lambda: begun.append("begun"))
+    job.end()
+    job.perform()
+    job.wait()
+    with pytest.raises(Unwanted):
+        job.result()
     assert begun == []
-    assert thread.run(lambda: 5) == 5
 
 
 def test_an_iterator_is_advanced_and_closed_in_the_thread(thread: DeviceThread) -> None:
@@ -191,6 +189,24 @@ def test_a_cancelled_iterator_is_closed(thread: DeviceThread) -> None:
     assert closed == [True]
 
 
+def test_the_thread_ends_when_nothing_refers_to_it() -> None:
+    thread = DeviceThread()
+    (worker,) = [thread.run(threading.current_thread)]
+    del thread
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def test_a_generator_that_is_left_over_does_not_keep_the_process_from_ending() -> None:
+    code = """
+from engine.device_thread import DeviceThread, Job, Unwanted
+thread = DeviceThread()
+left = thread.iterate(lambda: (number for number in range(3)))
+assert next(left) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=60)
+
+
 def test_the_thread_of_the_caller_can_stand_for_it() -> None:
-    thread = DeviceThread.current()
+    thread = DeviceThread(adopt=True)
     assert thread.run(threading.get_ident) == threading.get_ident()
