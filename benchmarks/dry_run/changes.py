@@ -34,6 +34,13 @@ def changes_table(scale: Scale = FULL) -> tuple[Table, dict[str, Counts]]:
             table.require(counts.kernels <= launches, f"{name}: {counts.kernels} launches")
             table.require(copies <= COPIES_A_LORA * number, f"{name}: {copies} copies")
             table.require(not waits, f"{name}: {dict(counts.syncs)}")
+        two = loras(engine, 2)
+        counts = counter.restart()
+        engine.exact.adapters["dev"].apply(two)
+        copies, waits = sum(counts.copies.values()), sum(counts.syncs.values())
+        moved, copied = gigabytes(counts.moved_bytes), f"{counts.copied_bytes / 1e6:.0f}"
+        table.rows.append(("beside exact weights, two LoRAs", counts.kernels, moved, copies, copied, waits))
+        table.require(copies <= 2 * COPIES_A_LORA and not waits, f"exact: {copies} copies, {waits} waits")
     table.notes.append(
         f"Rows of up to {CACHED_ROW} numbers are read twice and counted once: the second time they come from the "
         "cache. Without a LoRA 23.8 GB of bf16 are read and 11.9 of fp8 written. The other 6.4 GB are the longer rows "

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lora_loading.applying.embeddings import BundledEmbeddings
 from lora_loading.applying.slots import AdaptedLinear, ModuleSlot, copy_with, slot_of
+from lora_loading.applying.upload import uploaded
 from lora_loading.reading.adapter import LoraAdapter
 from lora_loading.shapes import TRANSFORMER, ModelShapes, adaptable_layers, components_of, shapes_of
 from lora_loading.updates import Gains, LowRank, Update, merged
@@ -88,7 +89,8 @@ class ComponentAdapters:
         if self._active_stack == wanted:
             return
         self._active_stack = None
-        changes = changes_by_layer(own, self.name)
+        device = next(self.module.parameters()).device
+        changes = changes_by_layer(own if device.type == "cpu" else uploaded(own, self.name, device), self.name)
         reserved_rank = self._reserved_rank_for(changes.values())
         nothing = LayerChanges()
         for name, slot in self._slots.items():

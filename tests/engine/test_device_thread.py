@@ -63,6 +63,22 @@ def test_every_prediction_is_computed_on_one_thread(engine: Engine) -> None:
     assert len(seen) == 1
 
 
+def test_a_cancelled_request_ends_half_way_and_the_next_is_as_before(engine: Engine) -> None:
+    steps: list[int] = []
+    transformer = engine.exact.models["dev"].pipelines[Mode.TXT2IMG].transformer
+    before = [image.tobytes() for image in engine.generate(request_of(**QUICK))]
+    hook = transformer.register_forward_hook(lambda *_: steps.append(threading.get_ident()))
+    try:
+        long = request_of(**{**QUICK, "num_outputs": 4, "num_inference_steps": 50})
+        cancelled_after(0.2, lambda: list(engine.generate(long)))
+        taken = len(steps)
+        time.sleep(0.2)
+    finally:
+        hook.remove()
+    assert taken == len(steps), "the work went on"
+    assert [image.tobytes() for image in engine.generate(request_of(**QUICK))] == before
+
+
 def test_an_error_comes_through_as_it_is(thread: DeviceThread) -> None:
     raised = [ValueError("a text"), KeyboardInterrupt(), SystemExit(3), StopIteration(4)]
 
