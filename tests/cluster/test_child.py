@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from cluster.child import own_environment
+from cli.serve import health
+from cluster.child import Child, own_environment
+from tests.cli.test_serve import Client
 from tests.paths import PROJECT
 
 SERVER = """
@@ -48,6 +52,45 @@ def test_nothing_is_left_of_a_server(tmp_path: Path, how: str) -> None:
     assert guardian.stdout.read() == b""  # closed when the guardian has ended
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def family_of(mark: str) -> dict[int, str]:
+    """The processes that have this variable in their environment, with their command lines."""
+    family = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                family[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("who", "number"),
+    [
+        ("coglet.server._run_worker", signal.SIGSTOP),
+        ("cog.server.http", signal.SIGSTOP),
+        ("-m cli.serve --port", signal.SIGSTOP),
+        ("-m cli.serve --port", signal.SIGKILL),
+    ],
+)
+def test_the_real_server_is_ended_whichever_of_its_processes_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, number: int
+) -> None:
+    monkeypatch.setenv("FLUX_CACHE_DIR", str(tmp_path))
+    child = Child("seat-0", threads=1)
+    while health("127.0.0.1", child.port).get("status") != "READY":
+        assert child.alive
+        time.sleep(0.5)
+    family = family_of(f"FLUX_CACHE_DIR={tmp_path}")
+    (stuck,) = [pid for pid, command in family.items() if who in command and "cluster.child" not in command]
+    body = {"input": {"prompt": "a red circle", "num_inference_steps": 50, "num_outputs": 4}}
+    status, _ = Client(child.address).call("PUT", "/predictions/long", body, Prefer="respond-async")
+    assert status == 202
+    os.kill(stuck, number)
+    child.end()
+    assert not child.alive
+    assert not set(family) & set(family_of(f"FLUX_CACHE_DIR={tmp_path}"))
 
 
 @pytest.mark.parametrize(
