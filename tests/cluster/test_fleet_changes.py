@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,11 +105,13 @@ def test_a_cancelled_prediction_of_a_stuck_predictor_ends_at_once_and_frees_its_
     with fleet_with(tmp_path, "--replicas", "1", "--limit", "45") as fleet:
         (worker,) = victims(fleet, PLACES["the worker"])
         assert fleet.begin("stuck-cancelled", webhooks, **LONG) == 202
+        time.sleep(5)  # so that the worker runs it
         os.kill(worker, signal.SIGSTOP)
         assert fleet.ask("POST", "/predictions/stuck-cancelled/cancel")[0] == 200
         webhooks.wait(["stuck-cancelled"], 20)
         assert webhooks.ended("stuck-cancelled")[0]["status"] == "canceled"
-        assert fleet.predict()["status"] == "succeeded"
+        document = fleet.predict()
+        assert document["status"] == "succeeded", document
         assert worker not in victims(fleet, PLACES["the worker"])
 
 
