@@ -42,6 +42,9 @@ let slow = await replicate.predictions.create({
   model,
   input: { prompt: "a blue star on a yellow background", num_inference_steps: 50 },
 });
-await replicate.predictions.cancel(slow.id);
-slow = await replicate.wait(slow);
+while (!["canceled", "succeeded", "failed"].includes(slow.status)) {
+  await replicate.predictions.cancel(slow.id); // and again: a server may lose the one that comes with the prediction itself
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  slow = await replicate.predictions.get(slow.id);
+}
 console.log(`slow: ${slow.status}`);

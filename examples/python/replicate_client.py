@@ -47,9 +47,9 @@ def main(folder: Path) -> None:
     slow = replicate.models.predictions.create(
         MODEL, input={"prompt": "a blue star on a yellow background", "num_inference_steps": 50}
     )
-    slow.cancel()
     while slow.status not in ("canceled", "succeeded", "failed"):
-        time.sleep(0.2)
+        slow.cancel()  # and again: a server may lose the cancellation that comes with the prediction itself
+        time.sleep(0.5)
         slow.reload()
     print(f"slow: {slow.status}")
 
