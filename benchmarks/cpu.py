@@ -32,7 +32,8 @@ from engine.fp8 import WEIGHT_ONLY
 from engine.precision import RESERVED_RANK
 from engine.working_copy import WorkingCopy, WorkingCopyAdapters
 from logs import configure_logging
-from lora_loading.applying.manager import AdaptedComponent, ComponentAdapters, Stack
+from lora_loading.applying.manager import AdaptedComponent, ComponentAdapters
+from lora_loading.reading.adapter import Stack
 from lora_loading.shapes import TRANSFORMER
 from predict import Predictor
 from request import Mode

@@ -31,6 +31,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cluster.child import free_port
 from cluster.simulation import Case, Outcome, policies, predictions, simulate
 
 PROJECT = Path(__file__).parent.parent
@@ -58,7 +59,7 @@ class Fleet:
 @contextmanager
 def running_fleet(replicas: int, folder: Path, environment: Mapping[str, str]) -> Iterator[Fleet]:
     """`script/fleet` on a free port, ended afterwards."""
-    port = _free_port()
+    port = free_port()
     mark = f"FLUX_CACHE_DIR={folder}/"
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -91,11 +92,6 @@ def _children(mark: str) -> tuple[int, ...]:
         if ours and (found := re.search(r"-m cli\.serve --port (\d+)", command)):
             ports.add(int(found[1]))
     return tuple(sorted(ports))
-
-
-def _free_port() -> int:
-    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        return server.server_port
 
 
 # What the fleet costs a request

@@ -30,9 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.swap import bare_pipeline, block_layers, their_state_dict
-from lora_loading.applying.manager import AdapterManager, ComponentAdapters, Stack
+from lora_loading.applying.manager import AdapterManager, ComponentAdapters
 from lora_loading.known_models import flux_1
-from lora_loading.reading.adapter import LoraAdapter, read_adapter
+from lora_loading.reading.adapter import LoraAdapter, Stack, read_adapter
 from lora_loading.reading.layers import LayerUpdate
 from lora_loading.rotations import ColumnRotation, RowRotation
 from lora_loading.shapes import TRANSFORMER

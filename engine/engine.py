@@ -31,7 +31,8 @@ from engine.precision import Precision
 from errors import ModelError
 from images import composite
 from logs import Event, log_stage
-from lora_loading.applying.manager import AdapterManager, Stack
+from lora_loading.applying.manager import AdapterManager
+from lora_loading.reading.adapter import Stack
 from lora_loading.shapes import CLIP, T5, ModelShapes
 from request import GenerationRequest, Mode
 

@@ -34,8 +34,7 @@ from engine.out_of_memory import free_memory
 from engine.precision import RESERVED_RANK, Precision, exact_precision, fast_precision
 from engine.profiles import ModelProfile
 from engine.timeline import Timeline
-from lora_loading.applying.manager import Stack
-from lora_loading.reading.adapter import LoraAdapter
+from lora_loading.reading.adapter import LoraAdapter, Stack
 from lora_loading.reading.layers import LayerUpdate
 from lora_loading.shapes import TRANSFORMER
 from lora_loading.updates import LowRank

@@ -28,8 +28,9 @@ from engine.factors import Factors, joined_factors
 from engine.fp8 import FP8_MULTIPLE, Rewrite, Scheme, write_fp8
 from engine.lean_transformer import LeanBlocks, LeanTransformer, joined_layers
 from lora_loading.applying.embeddings import BundledEmbeddings
-from lora_loading.applying.manager import LayerChanges, Stack, StackKey, changes_by_layer, own_part
+from lora_loading.applying.manager import LayerChanges, StackKey, changes_by_layer, own_part
 from lora_loading.applying.upload import uploaded
+from lora_loading.reading.adapter import Stack
 from lora_loading.shapes import TRANSFORMER, adaptable_layers
 from lora_loading.updates import Gains, merged
 

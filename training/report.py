@@ -22,8 +22,7 @@ from PIL import Image, ImageDraw
 
 from engine.engine import Engine
 from logs import configure_logging
-from lora_loading.applying.manager import Stack
-from lora_loading.reading.adapter import LoraAdapter, read_adapter
+from lora_loading.reading.adapter import LoraAdapter, Stack, read_adapter
 from predict import Predictor
 from request import GenerationRequest, Mode, Size
 from training.judge import Verdict, judge

@@ -25,11 +25,9 @@ def changes_table(scale: Scale = FULL) -> tuple[Table, dict[str, Counts]]:
             stack = loras(engine, number)
             counts = found[name] = counter.restart()
             precision_of(engine, "fast").adapters[change.model].apply(stack)
-            copies, waits = sum(counts.copies.values()), sum(counts.syncs.values())
-            moved, copied = gigabytes(counts.moved_bytes), f"{counts.copied_bytes / 1e6:.0f}"
-            table.rows.append((name, counts.kernels, moved, copies, copied, waits))
+            copies, waits = _add_row(table, name, counts)
             most = CHANGE_GB[number] * 1e9 * _weights(scale) / _weights(FULL)
-            table.require(counts.moved_bytes <= most, f"{name}: {moved} GB")
+            table.require(counts.moved_bytes <= most, f"{name}: {gigabytes(counts.moved_bytes)} GB")
             launches = CHANGE_LAUNCHES[number] + _layers(scale) - _layers(FULL)
             table.require(counts.kernels <= launches, f"{name}: {counts.kernels} launches")
             table.require(copies <= COPIES_A_LORA * number, f"{name}: {copies} copies")
@@ -37,9 +35,7 @@ def changes_table(scale: Scale = FULL) -> tuple[Table, dict[str, Counts]]:
         two = loras(engine, 2)
         counts = counter.restart()
         engine.exact.adapters["dev"].apply(two)
-        copies, waits = sum(counts.copies.values()), sum(counts.syncs.values())
-        moved, copied = gigabytes(counts.moved_bytes), f"{counts.copied_bytes / 1e6:.0f}"
-        table.rows.append(("beside exact weights, two LoRAs", counts.kernels, moved, copies, copied, waits))
+        copies, waits = _add_row(table, "beside exact weights, two LoRAs", counts)
         table.require(copies <= 2 * COPIES_A_LORA and not waits, f"exact: {copies} copies, {waits} waits")
     table.notes.append(
         f"Rows of up to {CACHED_ROW} numbers are read twice and counted once: the second time they come from the "
@@ -48,6 +44,14 @@ def changes_table(scale: Scale = FULL) -> tuple[Table, dict[str, Counts]]:
         "them are 0.4 to 0.5 MB, and those of all processors together more than the cache of 50 MB."
     )
     return table, found
+
+
+def _add_row(table: Table, name: str, counts: Counts) -> tuple[int, int]:
+    """Add what was counted; returns the copies to the device and the waits."""
+    copies, waits = sum(counts.copies.values()), sum(counts.syncs.values())
+    moved, copied = gigabytes(counts.moved_bytes), f"{counts.copied_bytes / 1e6:.0f}"
+    table.rows.append((name, counts.kernels, moved, copies, copied, waits))
+    return copies, waits
 
 
 def _layers(scale: Scale) -> int:

@@ -120,7 +120,12 @@ def times_table(
         for model, values in images.items():
             bound = MODELLED_SECONDS.get(f"{name} {model}")
             table.require(bound is None or values[0] <= bound, f"{name}, {model}: {values[0]:.3f} s")
-    for name, work in (("encoding the prompt", _work(others["dev"])), ("decoding", decoding[True]), ("decoding, compiled", decoding[False])):  # noqa: E501 # fmt: skip
+    parts = {
+        "encoding the prompt": _work(others["dev"]),
+        "decoding": decoding[True],
+        "decoding, compiled": decoding[False],
+    }
+    for name, work in parts.items():
         table.rows.append((name, _span([1e3 * seconds(*work, rates) for rates in (NOMINAL, BEST, WORST)]), "", ""))
     for name, counts in changes.items():
         values = [

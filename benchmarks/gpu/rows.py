@@ -42,7 +42,8 @@ def tables(scale: Scale, clock: Clock, weights: Weights, loras: Loras) -> Iterat
     del ours
     for name, build in PEERS.items():
         clock.free()
-        own = [Case(model, "fast" if "fp8" in name else "exact", Mode.TXT2IMG, scale.sizes[0], int("fp8" in name)) for model in scale.steps]  # noqa: E501 # fmt: skip
+        precision, number = ("fast", 1) if "fp8" in name else ("exact", 0)
+        own = [Case(model, precision, Mode.TXT2IMG, scale.sizes[0], number) for model in scale.steps]
         yield _images(scale, clock, Peer(build, weights, scale, loras), own, rates, name)
 
 

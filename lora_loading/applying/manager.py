@@ -26,12 +26,10 @@ from torch import Tensor, nn
 from lora_loading.applying.embeddings import BundledEmbeddings
 from lora_loading.applying.slots import AdaptedLinear, ModuleSlot, copy_with, slot_of
 from lora_loading.applying.upload import uploaded
-from lora_loading.reading.adapter import LoraAdapter
+from lora_loading.reading.adapter import LoraAdapter, Stack
 from lora_loading.shapes import TRANSFORMER, ModelShapes, adaptable_layers, components_of, shapes_of
 from lora_loading.updates import Gains, LowRank, Update, merged
 
-Stack = Sequence[tuple[LoraAdapter, float]]
-"""Adapters and their scales; the order does not matter."""
 StackKey = tuple[tuple[str, float], ...]
 """The digest and scale of each adapter that a component carries."""
 

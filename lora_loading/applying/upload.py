@@ -5,17 +5,15 @@ A LoRA file is read into one block (`lora_loading.reading.tensors`), so a LoRA i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lora_loading.reading.adapter import LoraAdapter
+from lora_loading.reading.adapter import Stack
 from lora_loading.reading.layers import LayerUpdate
 from lora_loading.updates import LowRank
-
-Stack = Sequence[tuple[LoraAdapter, float]]
 
 
 def uploaded(stack: Stack, component: str, device: torch.device) -> Stack:

@@ -6,7 +6,7 @@ Knows no model's weights, no network and no scale. A file passes as a whole or n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -92,6 +92,10 @@ class LoraAdapter:
         notes = "".join(f"; {note}" for note in self.notes)
         layers = ", ".join(counts) or "none"
         return f"{self.format}{rank}, layers: {layers}, {self.bytes / 2**20:.1f} MB{words}{unused}{notes}"
+
+
+Stack = Sequence[tuple[LoraAdapter, float]]
+"""Adapters and their scales; the order does not matter."""
 
 
 def read_adapter(

@@ -22,8 +22,8 @@ from engine.engine import Engine
 from engine.fp8 import DYNAMIC, WEIGHT_ONLY, Scheme, choose_scheme, write_fp8
 from engine.memory_plan import LAYOUTS
 from engine.working_copy import BLOCKS, WorkingCopy, WorkingCopyAdapters
-from lora_loading.applying.manager import ComponentAdapters, Stack, changes_by_layer
-from lora_loading.reading.adapter import LoraAdapter, read_adapter
+from lora_loading.applying.manager import ComponentAdapters, changes_by_layer
+from lora_loading.reading.adapter import LoraAdapter, Stack, read_adapter
 from lora_loading.reading.layers import LayerUpdate
 from lora_loading.shapes import TRANSFORMER, ModelShapes, adaptable_layers, shapes_of
 from lora_loading.updates import Full, LoHa, LoKr, Update, merged

@@ -120,37 +120,48 @@ def test_the_webhook_takes_only_what_knows_its_path(desk: Desk) -> None:
     assert heard == ["1/4 ["]
 
 
+class JsonHandler(BaseHTTPRequestHandler):
+    """Answers with documents, and logs nothing."""
+
+    def answer(self, status: int, document: dict[str, Any]) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server with this handler."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 @contextmanager
 def answering(*answers: tuple[int, dict[str, Any]], health: str = "STARTING") -> Iterator[str]:
     """A server that gives each prediction the next answer; without one it hangs up."""
     left = list(answers)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             if left:
-                self._send(*left.pop(0))
+                self.answer(*left.pop(0))
             else:
                 self.connection.close()
 
         def do_GET(self) -> None:
-            self._send(200, {"status": health, "setup": {"logs": "loading\nSetup failed: no weights."}})
+            self.answer(200, {"status": health, "setup": {"logs": "loading\nSetup failed: no weights."}})
 
-        def _send(self, status: int, document: dict[str, Any]) -> None:
-            body = json.dumps(document).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        yield url
 
 
 def at(url: str, root: Path) -> Desk:
@@ -180,33 +191,20 @@ def losing_the_first_cancellation() -> Iterator[tuple[str, list[str]]]:
     cancels: list[str] = []
     ended = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             ended.wait(20)
-            self._send({"status": "canceled" if ended.is_set() else "succeeded", "output": []})
+            self.answer(200, {"status": "canceled" if ended.is_set() else "succeeded", "output": []})
 
         def do_POST(self) -> None:
             cancels.append(self.path)
             if len(cancels) > 1:
                 ended.set()
-            self._send({})
+            self.answer(200, {})
 
-        def _send(self, document: dict[str, Any]) -> None:
-            body = json.dumps(document).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", cancels
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        yield url, cancels
 
 
 def test_a_cancellation_is_repeated_until_the_prediction_has_ended() -> None:
