@@ -29,7 +29,7 @@ from tests.paths import PROJECT
 
 pytestmark = pytest.mark.slow
 
-QUICK = {
+QUICK: dict[str, Any] = {
     "prompt": "a red circle on a white background",
     "model": "schnell",
     "num_inference_steps": 2,
@@ -37,7 +37,7 @@ QUICK = {
     "output_format": "png",
     "seed": 7,
 }
-LONG = {**QUICK, "num_inference_steps": 50, "num_outputs": 4, "megapixels": "1", "model": "dev"}
+LONG: dict[str, Any] = {**QUICK, "num_inference_steps": 50, "num_outputs": 4, "megapixels": "1", "model": "dev"}
 READY_SECONDS = 1200
 QUEUE = 12
 
@@ -112,8 +112,8 @@ class Fleet:
         assert isinstance(document, dict)
         return document
 
-    def begin(self, id: str, webhooks: Webhooks, **given: Any) -> int:
-        body = {"input": {**QUICK, **given}, "webhook": webhooks.address, "webhook_events_filter": ["completed"]}
+    def begin(self, id: str, webhooks: Webhooks, events: tuple[str, ...] = ("completed",), **given: Any) -> int:
+        body = {"input": {**QUICK, **given}, "webhook": webhooks.address, "webhook_events_filter": events}
         return self.ask("PUT", f"/predictions/{id}", body, Prefer="respond-async")[0]
 
     def accepted(self) -> int:

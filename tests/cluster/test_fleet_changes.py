@@ -82,7 +82,8 @@ def test_a_stuck_predictor_is_replaced_and_its_prediction_ends_once_with_an_erro
     with fleet_with(tmp_path, "--replicas", "1", "--limit", "45") as fleet:
         golden = fleet.predict()["output"]
         (worker,) = victims(fleet, PLACES["the worker"])
-        assert fleet.begin("stuck", webhooks, **LONG) == 202
+        assert fleet.begin("stuck", webhooks, ("start", "completed"), **LONG) == 202
+        assert wait_until(lambda: "stuck" in webhooks.events, 20)  # so that "behind" cannot pass it by the other front
         assert fleet.begin("behind", webhooks) == 202
         assert wait_until(lambda: fleet.accepted() == 2, 5)
         os.kill(worker, signal.SIGSTOP)
