@@ -2,8 +2,10 @@
 
 For the second part real replicas of the tiny model, each with a cache folder of its own, ask a host that takes its time
 for LoRA files. Predictions arrive at the times and with the LoRAs that the simulation draws, whose seconds an image are
-measured here first. Replicas share this machine's cores, which the simulation's do not: where the load is so high
-that images compete for them, the measured times are longer for that reason alone.
+measured here first. A run is a few hundred predictions, and what it finds varies with them. In the default case
+the policies differ by more than that, and the report says how much the simulation varies. Replicas share this machine's
+cores, which the simulation's do not: where the load is so high that images compete for them, the measured times are
+longer for that reason alone.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import statistics
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -46,6 +50,19 @@ REFUSED = {"prompt": "a red circle", "replicate_weights": "no reference"}
 START_SECONDS = 1200
 QUEUE = 2000
 WARM_UP = 5
+CASE = Case(
+    replicas=4,
+    files=16,
+    fetch_seconds=1.0,
+    load=0.1,
+    loras=40,
+    image_seconds=0.1,
+    swap_seconds=0.0,  # in the seconds of an image
+    requests_each=90,
+)
+"""The default for the second part, but for the seconds of an image, which are measured."""
+SHOWN = ("ours", "least-loaded")
+SEEDS = range(10)
 
 
 @dataclass(frozen=True)
@@ -202,15 +219,43 @@ def measure(fleet: Fleet, host: str, case: Case, seed: int) -> tuple[Outcome, Co
     return outcome, found
 
 
-def report(costs: Mapping[str, Overhead], case: Case, outcomes: Mapping[str, Outcome], found: Counter[str]) -> str:
+def simulated(case: Case, seed: int) -> dict[str, Outcome]:
+    """The simulation's outcomes, by the rows' names."""
+    return {f"simulated, {name}": simulate(case, policies(case)[name], seed) for name in SHOWN}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation of the share of files found in simulated runs of one length."""
+
+    mean: float
+    deviation: float
+
+
+def spread(case: Case, policy: str) -> Spread:
+    """How much of what is found is chance: the same case and policy with other predictions."""
+    hits = [simulate(case, policies(case)[policy], seed).hits for seed in SEEDS]
+    return Spread(statistics.mean(hits), statistics.stdev(hits))
+
+
+def report(
+    options: list[str],
+    costs: Mapping[str, Overhead],
+    case: Case,
+    outcomes: Mapping[str, Outcome],
+    found: Counter[str],
+    spreads: Mapping[str, Spread],
+) -> str:
     """The page."""
+    command = shlex.join(["script/bench", "fleet", *options])
     rows = [f"| {name} | {c.direct:.1f} | {c.fleet:.1f} | {c.fleet - c.direct:.1f} |" for name, c in costs.items()]
     lines = [f"| {name} | {100 * o.hits:.0f} % | {o.p50:.2f} | {o.p95:.2f} |" for name, o in outcomes.items()]
+    varied = ", ".join(f"{name} {100 * s.mean:.0f} ± {100 * s.deviation:.0f} %" for name, s in spreads.items())
     return "\n".join(
         [
             "# The fleet",
             "",
-            f"`script/bench fleet`, {platform.machine()}, {os.cpu_count()} cores, the tiny model without a GPU.",
+            f"`{command}`, {platform.machine()}, {os.cpu_count()} cores, the tiny model without a GPU.",
             "",
             "## What it costs a request",
             "",
@@ -232,6 +277,9 @@ def report(costs: Mapping[str, Overhead], case: Case, outcomes: Mapping[str, Out
             "",
             f"Files as the predictors report them: {', '.join(f'{n} {name}' for name, n in found.most_common())}.",
             "",
+            f"Found in {len(SEEDS)} simulated runs of this length with other predictions, mean and standard deviation:"
+            f" {varied}.",
+            "",
         ]
     )
 
@@ -239,13 +287,15 @@ def report(costs: Mapping[str, Overhead], case: Case, outcomes: Mapping[str, Out
 def main() -> None:
     """Measure both parts and write benchmarks/fleet.md. Not on a machine that does anything else."""
     parser = argparse.ArgumentParser(prog="script/bench fleet", description=main.__doc__)
-    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--replicas", type=int, default=CASE.replicas)
     parser.add_argument("--rounds", type=int, default=100, help="requests of each kind for the first part")
-    parser.add_argument("--requests", type=int, default=90, help="predictions a replica for the second part")
-    parser.add_argument("--load", type=float, default=0.1, help="of what the replicas could do without fetching")
-    parser.add_argument("--fetch", type=float, default=1.0, help="seconds a file")
-    parser.add_argument("--files", type=int, default=20, help="that a replica's cache holds")
-    parser.add_argument("--loras", type=int, default=200)
+    parser.add_argument(
+        "--requests", type=int, default=CASE.requests_each, help="predictions a replica for the second part"
+    )
+    parser.add_argument("--load", type=float, default=CASE.load, help="of what the replicas could do without fetching")
+    parser.add_argument("--fetch", type=float, default=CASE.fetch_seconds, help="seconds a file")
+    parser.add_argument("--files", type=int, default=CASE.files, help="that a replica's cache holds")
+    parser.add_argument("--loras", type=int, default=CASE.loras)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=REPORT)
     given = parser.parse_args()
@@ -257,20 +307,19 @@ def main() -> None:
         with running_fleet(given.replicas, Path(folder), environment) as fleet:
             kinds: dict[str, Mapping[str, Any]] = {"refused by the predictor": REFUSED, "256x256, one step": SMALL}
             costs = {name: overhead(fleet, inputs, given.rounds) for name, inputs in kinds.items()}
-            case = Case(
+            case = replace(
+                CASE,
                 replicas=given.replicas,
                 files=given.files,
                 fetch_seconds=given.fetch,
                 load=given.load,
                 loras=given.loras,
                 image_seconds=image_seconds(fleet, host, given.rounds),
-                swap_seconds=0.0,  # in the seconds of an image
                 requests_each=given.requests,
             )
             measured, found = measure(fleet, host, case, given.seed)
-    chosen = {name: policy for name, policy in policies(case).items() if name in ("ours", "least-loaded")}
-    simulated = {f"simulated, {name}": simulate(case, policy, given.seed) for name, policy in chosen.items()}
-    text = report(costs, case, {"measured": measured, **simulated}, found)
+    outcomes = {"measured": measured, **simulated(case, given.seed)}
+    text = report(sys.argv[1:], costs, case, outcomes, found, {name: spread(case, name) for name in SHOWN})
     given.output.write_text(text)
     print(text)
 
