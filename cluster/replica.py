@@ -53,7 +53,6 @@ class Replica:
             limit_seconds: how long a prediction may take here, waiting in the queue not counted.
         """
         self._limit_seconds = limit_seconds
-        self._one_at_a_time = asyncio.Lock()
         self._seat = str(serve.get_replica_context().rank.rank)
         _end_with_parent()
         self._child = Child(f"seat-{self._seat}", threads)
@@ -102,10 +101,6 @@ class Replica:
             webhook: where the client wants its events; only those before the end are passed on here.
             wants_events: whether it wants any of them.
         """
-        async with self._one_at_a_time:  # Serve sends the next one when one is cancelled; the child may still run it
-            return await self._run(id, body, webhook, wants_events)
-
-    async def _run(self, id: str, body: bytes, webhook: str | None, wants_events: bool) -> tuple[int, bytes]:
         started = time.monotonic()
         deadline = started + self._limit_seconds
         if wants_events and webhook:
