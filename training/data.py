@@ -1,180 +1,294 @@
-"""What a training step sees: encoded scenes of one image size, or a part of their tokens, with their prompts.
+"""What a training step sees: a part of the tokens of many images, each image of its own size, with their prompts.
 
-Sizes are mixed from the start, since a model trained at one size draws broken objects at the others. Of a large image
-a step sees a part of the tokens, most of them from around the objects: that keeps a step cheap, while the position ids
-stay those of the whole image, and the attention counts each token as often as the tokens that it stands for.
+The tokens are computed from the shapes' signed distances, without an image being drawn or encoded: the VAE's latents
+are averages of 4 x 4 pixels (`training/vae.py`), so that every image can be a new one. Of each image a step sees some
+tokens, most of them at edges: a step costs the same at every size, while the position ids stay those of the whole image
+and the attention counts each token as often as the tokens that it stands for.
 """
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from diffusers import AutoencoderTiny, FluxPipeline
+from numpy.typing import NDArray
 from torch import Tensor
 
-from training.text import TextEncoders, any_prompt
-from training.vae import to_tensor
-from training.world import SHAPES, draw_scene, place, training_scene
+from request import ASPECT_RATIOS, DIVISORS, Size
+from training.prompts import DEFAULT_SHAPE, Prompt, training_prompt
+from training.text import SHAPES_READ, TextEncoders
+from training.vae import normalised
+from training.world import (
+    ALL_SHAPES,
+    COLOURS,
+    SHAPES,
+    TRIGGER,
+    Floats,
+    Placement,
+    distances,
+    place,
+    rough_distances,
+    stripes,
+)
 
-Size = tuple[int, int]
-"""(width, height) in pixels, multiples of 16."""
-TOKENS_A_STEP = 4096
-EMPTY_SHARE = 0.1
-NEAR_SHARE = 0.7
-"""Share of the kept tokens that are drawn from around the objects."""
-FLAT_WEIGHT, INNER_WEIGHT = 0.2, 0.4
-"""Loss weights of a token that is all background or all object, beside 1 for one with an edge in it or beside it."""
-EDGE_THRESHOLD = 0.15
-"""Mean distance over the channels from which on two tokens' latents count as an edge."""
+TOKEN = 16
+"""Pixels on a side of a token."""
+SMALLEST, LARGEST = 256, 1440
+CONTRACT_SIZES = [Size.from_aspect_ratio(ratio, megapixels) for megapixels in DIVISORS for ratio in ASPECT_RATIOS]
+CUSTOM_SHARE, SQUARE_SHARE = 0.3, 0.2
+"""Shares of the images whose sides are drawn at random, and that are square ones of the contract; the others have any
+size of the contract."""
+EDGE_SHARE, NEAR_SHARE = 0.6, 0.25
+"""Shares of the tokens that are at the edge of a thing, and within NEAR of one; the rest is from anywhere else."""
+NEAR = 0.22
+"""In shares of the short side."""
+CORNERS = 3
+"""The zone of the border, for which the four corners stand: without them a step does not show how large an image is."""
+EDGE = 12.0
+"""Pixels from a token's middle: an edge that is nearer runs through the token, or almost."""
+GUIDANCE_LIMIT = 10.0
+ABSENT = -1e5
+"""Pixels: where a second thing lies that the scene does not have."""
 
-
-@dataclass(frozen=True)
-class Pool:
-    """Encoded images of one size: packed latents (N, tokens, 64), pooled (N, 128), states (N, 32, 128), half."""
-
-    size: Size
-    latents: Tensor
-    pooled: Tensor
-    states: Tensor
+Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees: clean latents (B, T, 64), positions (B, T, 3), weights in the loss (B, T), how many tokens
-    of the image each stands for (B, T), and the prompts' embeddings (B, 128) and (B, 32, 128)."""
+    """What one step sees of B images, T tokens each."""
 
     latents: Tensor
+    """(B, T, 64): clean ones."""
     positions: Tensor
-    weights: Tensor
+    """(B, T, 3): position ids as the pipelines give them: 0, row, column."""
     stands_for: Tensor
+    """(B, T): how many tokens of the image each stands for."""
+    tokens: Tensor
+    """(B,): how many tokens the whole image has."""
+    guidance: Tensor
+    """(B,)"""
     pooled: Tensor
+    """(B, 128)"""
     states: Tensor
-    size: Size
-
-    @property
-    def full_tokens(self) -> int:
-        """How many tokens the whole image has."""
-        return self.size[0] // 16 * (self.size[1] // 16)
-
-
-@torch.no_grad()
-def make_pool(
-    vae: AutoencoderTiny,
-    text: TextEncoders,
-    size: Size,
-    count: int,
-    rng: random.Random,
-    shapes: tuple[str, ...] = SHAPES,
-    striped: bool = False,
-    paired: float = 0.4,
-) -> Pool:
-    """Draw and encode `count` training scenes at one size."""
-    encoder = copy.deepcopy(vae.encoder).to(torch.bfloat16, memory_format=torch.channels_last)  # 4 times as fast
-    width, height = size
-    chunk = max(1, 16 * 128 * 128 // (width * height))
-    latents, prompts = [], []
-    for start in range(0, count, chunk):
-        scenes = [training_scene(rng, shapes, paired) for _ in range(min(chunk, count - start))]
-        images = [draw_scene(s, width, height, place(s, width, height, rng), striped) for s in scenes]
-        prompts += [any_prompt(s, rng) for s in scenes]
-        pixels = torch.stack([to_tensor(image) for image in images])
-        encoded = encoder(pixels.to(torch.bfloat16, memory_format=torch.channels_last)).float()
-        encoded = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
-        latents.append(pack(encoded).half())
-    pairs = [text.encode(prompts[i : i + 256]) for i in range(0, len(prompts), 256)]
-    pooled, states = (torch.cat(parts).half() for parts in zip(*pairs, strict=True))
-    return Pool(size, torch.cat(latents), pooled, states)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, 16, H/8, W/8) -> (B, H/16 * W/16, 64), as the pipelines do."""
-    batch, channels, height, width = latents.shape
-    packed: Tensor = FluxPipeline._pack_latents(latents, batch, channels, height, width)
-    return packed
-
-
-def draw_batch(pool: Pool, batch: int, keep: int | None, empty: tuple[Tensor, Tensor], rng: random.Random) -> Batch:
-    """A batch of one pool; with `keep`, only that many tokens of each image; one prompt in ten is empty."""
-    chosen = torch.tensor(rng.choices(range(len(pool.latents)), k=batch))
-    width, height = pool.size
-    latents = pool.latents[chosen].float()
-    weights, near = _attention_to_detail(latents, height // 16, width // 16, rng)
-    full_tokens = latents.shape[1]
-    kept, stands_for = _choose(near, min(keep or full_tokens, full_tokens))
-    ids = FluxPipeline._prepare_latent_image_ids(batch, height // 16, width // 16, "cpu", torch.float32)
-    pooled, states = pool.pooled[chosen].float(), pool.states[chosen].float()
-    dropped = torch.tensor([rng.random() < EMPTY_SHARE for _ in range(batch)])
-    pooled = torch.where(dropped[:, None], empty[0], pooled)
-    states = torch.where(dropped[:, None, None], empty[1], states)
-    rows = torch.arange(batch)[:, None]
-    return Batch(latents[rows, kept], ids[kept], weights[rows, kept], stands_for, pooled, states, pool.size)
-
-
-def _attention_to_detail(latents: Tensor, rows: int, columns: int, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Loss weights (B, T), and which tokens lie in a box around the objects with a random margin."""
-    grid = latents.view(len(latents), rows, columns, -1)
-    edges = torch.zeros(grid.shape[:3], dtype=torch.bool)
-    down = (grid[:, 1:] - grid[:, :-1]).abs().mean(-1) > EDGE_THRESHOLD
-    across = (grid[:, :, 1:] - grid[:, :, :-1]).abs().mean(-1) > EDGE_THRESHOLD
-    edges[:, 1:] |= down
-    edges[:, :-1] |= down
-    edges[:, :, 1:] |= across
-    edges[:, :, :-1] |= across
-    thing = (grid - grid[:, :1, :1]).abs().mean(-1) > EDGE_THRESHOLD
-    weights = torch.where(edges, 1.0, torch.where(thing, INNER_WEIGHT, FLAT_WEIGHT))
-    margins = [rng.uniform(0.02, 0.15) * min(rows, columns) for _ in range(2)]
-    tall = _widened(thing.any(2), margins[0])
-    wide = _widened(thing.any(1), margins[1])
-    return weights.flatten(1), (tall[:, :, None] & wide[:, None, :]).flatten(1)
-
-
-def _widened(flags: Tensor, margin: float) -> Tensor:
-    """The flags (B, N), dilated by `margin`."""
-    reach = max(1, round(margin))
-    pooled = torch.nn.functional.max_pool1d(flags[:, None].float(), 2 * reach + 1, 1, reach)
-    return pooled[:, 0] > 0
-
-
-def _choose(near: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Indices of `keep` of the tokens, and how many tokens each stands for: (B, keep) both."""
-    total = near.shape[1]
-    if keep == total:
-        return torch.arange(total).expand(len(near), -1), torch.ones(len(near), total)
-    order = torch.rand(near.shape)
-    around = near.sum(1)
-    from_near = around.clamp(max=int(NEAR_SHARE * keep)).maximum(keep - (total - around))
-    rank_near = torch.where(near, order, 2.0).argsort(1).argsort(1)
-    rank_far = torch.where(near, 2.0, order).argsort(1).argsort(1)
-    seen = torch.where(near, rank_near < from_near[:, None], rank_far < keep - from_near[:, None])
-    kept = seen.nonzero()[:, 1].view(len(near), keep)
-    near_share = (around / from_near.clamp(min=1))[:, None]
-    far_share = ((total - around) / (keep - from_near).clamp(min=1))[:, None]
-    share = torch.where(near, near_share, far_share)
-    return kept, share.gather(1, kept)
+    """(B, 40, 128)"""
+    from_centre: Tensor
+    """(B, T, 2): column and row from the image's middle, in shares of the short side."""
+    from_thing: Tensor
+    """(B, T, 2): column and row from the nearest thing's middle, in its radii."""
+    distances: Tensor
+    """(B, T, shapes): signed distances to every shape that could stand there, in radii."""
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """A size, its share of the steps, how many of its tokens a step sees, and how many images to draw."""
+class Lesson:
+    """What is drawn: the shapes, `striped` or not, the share of pairs, and whether prompts leave nothing out."""
 
-    size: Size
-    share: float
-    images: int
-    keep: int | None = None
+    shapes: tuple[str, ...]
+    striped: bool = False
+    paired: float = 0.4
+    complete: bool = False
+
+    def drawn(self, shape: str) -> str:
+        """The shape that a word stands for: `TOK` means nothing but to the LoRA that is taught it."""
+        return DEFAULT_SHAPE if shape == TRIGGER and set(self.shapes) != {TRIGGER} else shape
 
 
-def batches(
-    pools: list[Pool], buckets: list[Bucket], text: TextEncoders, rng: random.Random, tokens: int = TOKENS_A_STEP
-) -> Iterator[Batch]:
-    """Batches without end, of about the same cost each, sizes drawn by their shares."""
-    with torch.no_grad():
-        empty = text.encode([""])
-    while True:
-        index = rng.choices(range(len(buckets)), [bucket.share for bucket in buckets])[0]
-        bucket = buckets[index]
-        seen = min(bucket.keep or 1 << 30, pools[index].latents.shape[1])
-        yield draw_batch(pools[index], max(1, tokens // (seen + 32)), bucket.keep, empty, rng)
+PLAIN = Lesson(SHAPES_READ)
+STYLE = Lesson(SHAPES, striped=True, paired=0.2)
+OBJECT = Lesson((TRIGGER,), paired=0.2, complete=True)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Prompts with their embeddings, encoded once: they take more time than all else of a batch."""
+
+    prompts: list[Prompt]
+    pooled: Tensor
+    """(N, 128), half."""
+    states: Tensor
+    """(N, 40, 128), half."""
+
+
+@torch.no_grad()
+def make_pool(text: TextEncoders, count: int, lesson: Lesson, seed: str) -> Pool:
+    """`count` prompts of a lesson; equal for equal seeds."""
+    rng = random.Random(seed)
+    prompts = [training_prompt(rng, lesson.shapes, lesson.paired, lesson.complete) for _ in range(count)]
+    parts = [text.encode([p.text for p in prompts[i : i + 256]]) for i in range(0, count, 256)]
+    pooled, states = (torch.cat(tensors).half() for tensors in zip(*parts, strict=True))
+    return Pool(prompts, pooled, states)
+
+
+def draw_batch(pool: Pool, count: int, seen: int, lesson: Lesson, seed: str) -> Batch:
+    """`count` new images of the pool's prompts, `seen` tokens of each; equal for equal seeds."""
+    rng = random.Random(seed)
+    chance = np.random.default_rng(rng.getrandbits(64))
+    chosen = rng.choices(range(len(pool.prompts)), k=count)
+    sizes = [random_size(rng) for _ in range(count)]
+    guidance = [GUIDANCE_LIMIT * rng.random() ** 1.5 for _ in range(count)]
+    scenes = Scenes.of([pool.prompts[index] for index in chosen], sizes, guidance, lesson, rng)
+    kept, stands_for = scenes.choose(seen, chance)
+    middles = (kept[:, :, ::-1] * TOKEN + TOKEN / 2).astype(np.float32)  # column, row
+    from_thing, apart = scenes.around_things(middles)
+    return Batch(
+        latents=torch.from_numpy(scenes.tokens(kept, lesson.striped)),
+        positions=torch.from_numpy(np.pad(kept, ((0, 0), (0, 0), (1, 0))).astype(np.float32)),
+        stands_for=torch.from_numpy(stands_for),
+        tokens=torch.tensor([size.width * size.height / TOKEN**2 for size in sizes]),
+        guidance=torch.tensor(guidance),
+        pooled=pool.pooled[chosen].float(),
+        states=pool.states[chosen].float(),
+        from_centre=torch.from_numpy(scenes.from_centre(middles)),
+        from_thing=torch.from_numpy(from_thing),
+        distances=torch.from_numpy(apart),
+    )
+
+
+def random_size(rng: random.Random) -> Size:
+    """A size of the contract or, in CUSTOM_SHARE of the cases, any two sides, small ones as often as large ones."""
+    chance = rng.random()
+    if chance < CUSTOM_SHARE:
+        steps = (SMALLEST / TOKEN * (LARGEST / SMALLEST) ** rng.random() for _ in range(2))
+        return Size(*(TOKEN * round(side) for side in steps))
+    if chance < CUSTOM_SHARE + SQUARE_SHARE:
+        return Size.from_aspect_ratio("1:1", rng.choice(list(DIVISORS)))
+    return rng.choice(CONTRACT_SIZES)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The scenes of a batch as arrays: B images of two things each, of which the second can be absent."""
+
+    sides: Floats
+    """(B, 2): width and height in pixels."""
+    middles: Floats
+    """(B, 2, 2): column and row of each thing's middle, in pixels."""
+    radii: Floats
+    """(B, 2): in pixels; of an absent thing 1, far away."""
+    shapes: Numbers
+    """(B, 2): indices of `ALL_SHAPES`."""
+    colours: Floats
+    """(B, 3, 3): of the background and of both things, from 0 to 1."""
+
+    @classmethod
+    def of(
+        cls, prompts: list[Prompt], sizes: list[Size], guidance: list[float], lesson: Lesson, rng: random.Random
+    ) -> Scenes:
+        """The prompts' scenes, placed by chance."""
+        count = len(prompts)
+        middles, radii = np.full((count, 2, 2), ABSENT, np.float32), np.ones((count, 2), np.float32)
+        shapes, colours = np.zeros((count, 2), np.int64), np.zeros((count, 3, 3), np.float32)
+        for i, (prompt, size, value) in enumerate(zip(prompts, sizes, guidance, strict=True)):
+            short = min(size.width, size.height)
+            colours[i, 0] = COLOURS[prompt.scene.background]
+            placements: list[Placement] = place(prompt.scene, size.width, size.height, rng, value)
+            for j, (thing, at) in enumerate(zip(prompt.scene.things, placements, strict=True)):
+                middles[i, j] = at.x * short, at.y * short
+                radii[i, j] = at.radius * short
+                shapes[i, j] = ALL_SHAPES.index(lesson.drawn(thing.shape))
+                colours[i, j + 1] = COLOURS[thing.colour]
+        sides = np.asarray([(size.width, size.height) for size in sizes], np.float32)
+        return cls(sides, middles, radii, shapes, (colours / 255).astype(np.float32))
+
+    @property
+    def short(self) -> Floats:
+        """(B,): the short sides in pixels."""
+        return np.asarray(self.sides.min(1))
+
+    def choose(self, seen: int, chance: np.random.Generator) -> tuple[Numbers, Floats]:
+        """Rows and columns of the tokens to see (B, T, 2), and how many tokens each stands for (B, T)."""
+        kept, stands_for = [], []
+        for i in range(len(self.sides)):
+            columns, rows = (int(side) // TOKEN for side in self.sides[i])
+            x = np.tile(np.arange(columns, dtype=np.float32) * TOKEN + TOKEN / 2, rows)
+            y = np.repeat(np.arange(rows, dtype=np.float32) * TOKEN + TOKEN / 2, columns)
+            apart = self._nearest_edge(i, x, y)
+            zones = np.where(apart < EDGE, 0, np.where(apart < NEAR * self.short[i], 1, 2))
+            corners = np.asarray([0, columns - 1, (rows - 1) * columns, rows * columns - 1])
+            border = np.zeros((rows, columns), dtype=bool)
+            border[[0, -1]] = border[:, [0, -1]] = True
+            zones[border.ravel()] = CORNERS
+            chosen, each = _from_zones(zones, seen - len(corners), chance)
+            kept.append(np.stack(np.divmod(np.concatenate([corners, chosen]), columns), axis=-1))
+            stands_for.append(np.concatenate([np.full(4, border.sum() / 4, np.float32), each]))
+        return np.stack(kept), np.stack(stands_for)
+
+    def _nearest_edge(self, image: int, x: Floats, y: Floats) -> Floats:
+        """(N,): pixels from these points to the nearest edge of a thing of one image, roughly."""
+        apart = [
+            np.abs(rough_distances(shape, (x - middle[0]) / radius, (y - middle[1]) / radius)) * radius
+            for shape, middle, radius in zip(self.shapes[image], self.middles[image], self.radii[image], strict=True)
+            if middle[0] != ABSENT
+        ]
+        return np.asarray(np.min(apart, axis=0))
+
+    def nearest_thing(self, points: Floats) -> Numbers:
+        """(B, N): which of the two things is nearest to these points (B, N, 2)."""
+        radii = self.radii[:, None]
+        away = (points[:, :, None] - self.middles[:, None]) / radii[..., None]  # (B, N, 2 things, 2)
+        return np.asarray((rough_distances(self.shapes[:, None], away[..., 0], away[..., 1]) * radii).argmin(-1))
+
+    def around_things(self, points: Floats) -> tuple[Floats, Floats]:
+        """Column and row from the nearest thing in its radii (B, N, 2), and the distances to all shapes there."""
+        nearest = self.nearest_thing(points)
+        rows = np.arange(len(points))[:, None]
+        places = (points - self.middles[rows, nearest]) / self.radii[rows, nearest][..., None]
+        return places, rough_distances(np.arange(len(ALL_SHAPES)), places[..., :1], places[..., 1:])
+
+    def from_centre(self, points: Floats) -> Floats:
+        """(B, N, 2): from the image's middle, in shares of the short side."""
+        return np.asarray((points - self.sides[:, None] / 2) / self.short[:, None, None])
+
+    def tokens(self, kept: Numbers, striped: bool) -> Floats:
+        """(B, T, 64): the latents of these tokens, packed as the pipelines do."""
+        count, seen = kept.shape[:2]
+        middles = (kept[:, :, ::-1] * TOKEN + TOKEN / 2).astype(np.float32)
+        nearest = self.nearest_thing(middles)
+        rows = np.arange(count)[:, None]
+        colour = self.colours[rows, nearest + 1][:, :, None, None]  # (B, T, 1, 1, 3)
+        ground = self.colours[:, None, None, None, 0]
+        pixels = ground + self._covered(kept, nearest)[..., None] * (colour - ground)
+        if striped:
+            lines = (kept[..., 0, None] * TOKEN + np.arange(TOKEN) + 0.5).astype(np.float32)
+            short = self.short[:, None, None]
+            shades = stripes(lines / short, short).reshape(count, seen, 4, 4).mean(-1)
+            pixels = pixels * shades[..., None, None]
+        return _packed(normalised(pixels))
+
+    def _covered(self, kept: Numbers, nearest: Numbers) -> Floats:
+        """(B, T, 4, 4): how much of each token's averages the nearest thing covers, from samples of 2 x 2 pixels."""
+        rows = np.arange(len(kept))[:, None]
+        corners = (kept[:, :, ::-1] * TOKEN - self.middles[rows, nearest]).astype(np.float32).reshape(-1, 2)
+        radii, shapes = self.radii[rows, nearest].reshape(-1), self.shapes[rows, nearest].reshape(-1)
+        away = (corners + TOKEN / 2) / radii[:, None]
+        middle = rough_distances(shapes, away[:, 0], away[:, 1]) * radii
+        covered = np.repeat(np.float32(middle < 0), 16).reshape(-1, 4, 4)
+        cut = np.flatnonzero(np.abs(middle) < TOKEN)
+        along = np.arange(1, TOKEN, 2, dtype=np.float32)
+        x, y = ((corners[cut, axis, None] + along) / radii[cut, None] for axis in (0, 1))
+        apart = distances(shapes[cut, None, None], x[:, None, :], y[:, :, None]) * radii[cut, None, None]
+        samples = np.clip(0.5 - apart / 2, 0, 1).reshape(-1, 4, 2, 4, 2)
+        covered[cut] = samples.mean((2, 4))
+        return covered.reshape(*kept.shape[:2], 4, 4)
+
+
+def _packed(cells: Floats) -> Floats:
+    """(B, T, 4, 4, 3) of a token's cells -> (B, T, 64): latent channels of the VAE, 2 x 2 latents each."""
+    count, seen = cells.shape[:2]
+    parts = cells.reshape(count, seen, 2, 2, 2, 2, 3)  # latent row, cell row, latent column, cell column, colour
+    channels = parts.transpose(0, 1, 3, 5, 6, 2, 4).reshape(count, seen, 12, 4)
+    return np.pad(channels, ((0, 0), (0, 0), (0, 4), (0, 0))).reshape(count, seen, 64)
+
+
+def _from_zones(zones: Numbers, seen: int, chance: np.random.Generator) -> tuple[Numbers, Floats]:
+    """Indices of the tokens to see, and how many each stands for, of zones 0 (edges), 1 (near) and 2 (anywhere)."""
+    members = [np.flatnonzero(zones == zone) for zone in range(3)]
+    counts = [len(part) for part in members]
+    wanted = [min(counts[0], int(EDGE_SHARE * seen)), min(counts[1], int(NEAR_SHARE * seen)), 0]
+    for zone in (2, 1, 0):
+        wanted[zone] += min(counts[zone] - wanted[zone], seen - sum(wanted))
+    chosen = [chance.choice(part, n, replace=False, shuffle=False) for part, n in zip(members, wanted, strict=True)]
+    each = [np.full(n, count / max(n, 1), np.float32) for n, count in zip(wanted, counts, strict=True)]
+    return np.concatenate(chosen), np.concatenate(each)

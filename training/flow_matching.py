@@ -5,25 +5,28 @@ Source: FLUX.1 [dev]'s scheduler in diffusers; Esser et al. 2024, section 3.1.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from training.data import Batch
 
 
-def shift_for(tokens: int) -> float:
+def shift_for(tokens: Tensor) -> Tensor:
     """The time shift of FLUX.1 [dev] for this many image tokens: exp(mu), mu linear from 0.5 at 256 to 1.15 at 4096."""
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    return torch.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
-def noise_levels(batch: int, tokens: int, emphasis: float) -> Tensor:
+def noise_levels(tokens: Tensor, emphasis: float) -> Tensor:
     """(B,) levels in (0, 1), stratified, shifted up as the scheduler will and `emphasis` times more.
 
-    High levels decide what stands where, low ones the edges: early training wants an emphasis above 1.
+    High levels decide what stands where, low ones the edges: training wants an emphasis above 1.
+
+    Args:
+        tokens: (B,), how many each image has.
+        emphasis: a factor of the shift.
     """
-    uniform = (torch.arange(batch) + torch.rand(batch)) / batch
+    batch = len(tokens)
+    uniform = ((torch.arange(batch) + torch.rand(batch)) / batch)[torch.randperm(batch)]
     shift = emphasis * shift_for(tokens)
     return shift * uniform / (1 + (shift - 1) * uniform)
 
@@ -35,6 +38,6 @@ def mix(batch: Batch, levels: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - level) * batch.latents + level * noise, noise - batch.latents
 
 
-def weighted_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Mean squared error over channels, weighted over tokens."""
-    return ((predicted - target).square().mean(-1) * weights).sum() / weights.sum()
+def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over channels and tokens."""
+    return (predicted - target).square().mean()

@@ -6,18 +6,17 @@ They are trained with PEFT at guidance 1, as trainers do, and saved in the PEFT 
 from __future__ import annotations
 
 import copy
-import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
-from training.data import Bucket, batches, make_pool
-from training.distil import plain_loss
+from training.data import OBJECT, STYLE, Batch, Lesson, draw_batch, make_pool
+from training.distil import flow_loss
 from training.text import TextEncoders
 from training.train import Schedule, train
-from training.world import SHAPES, TRIGGER
 
 RANK = 6
 TARGETS = (
@@ -25,22 +24,32 @@ TARGETS = (
     r"|ff\.net\.0\.proj|ff\.net\.2|proj_mlp|single_transformer_blocks\.\d+\.proj_out)"
 )
 SCHEDULE = Schedule(steps=600, peak=2e-3, warmup=30, decay=0.6)
-BUCKETS = [
-    Bucket((256, 256), 0.5, 500, keep=96),
-    Bucket((512, 512), 0.5, 250, keep=160),
-]
+PROMPTS = 2000
+IMAGES, TOKENS = 32, 96
+LESSONS = {"tok-style": STYLE, "tok-object": OBJECT}
+
+
+def train_loras(dev: FluxTransformer2DModel, text: TextEncoders, work: Path, folder: Path, seed: int) -> None:
+    """Train both LoRAs with checkpoints in `work`, and write them into `folder`."""
+    for name, lesson in LESSONS.items():
+        train_lora(dev, text, lesson, work / f"{name}.safetensors", folder / f"{name}.safetensors", seed)
 
 
 def train_lora(
-    dev: FluxTransformer2DModel, vae: AutoencoderTiny, text: TextEncoders, path: Path, *, style: bool, seed: int
+    dev: FluxTransformer2DModel, text: TextEncoders, lesson: Lesson, checkpoint: Path, path: Path, seed: int
 ) -> None:
-    """Train one LoRA and write it to `path`: the striped style, or the arrow as the shape `TOK`."""
+    """Train one LoRA on a lesson and write it to `path`."""
+    pool = make_pool(text, PROMPTS, lesson, f"{path.stem} {seed}")
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    shapes = SHAPES if style else (TRIGGER,)
-    pools = [make_pool(vae, text, b.size, b.images, rng, shapes, striped=style, paired=0.15) for b in BUCKETS]
     model = copy.deepcopy(dev).requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=True))
-    average = train(model, plain_loss, batches(pools, BUCKETS, text, rng), SCHEDULE)
+    model.compile_repeated_blocks(dynamic=False)
+    loss = flow_loss(model, emphasis=1.0)
+
+    def batch_at(step: int) -> Batch:
+        batch = draw_batch(pool, IMAGES, TOKENS, lesson, f"{path.stem} {seed} {step}")
+        return replace(batch, guidance=torch.ones_like(batch.guidance))
+
+    average = train(model, loss, batch_at, SCHEDULE, checkpoint, seed=seed)
     layers = {name: weight.half().contiguous() for name, weight in get_peft_model_state_dict(average).items()}
     FluxPipeline.save_lora_weights(path.parent, transformer_lora_layers=layers, weight_name=path.name)

@@ -1,7 +1,8 @@
 """Make the embedded checkpoints from nothing: `python -m training.make_tiny`, behind `script/make-tiny`.
 
-Every stage writes its result into the work folder and is skipped when that is there already, so that an interrupted
-run goes on. The last stage writes `engine/tiny/` and `tests/data/loras/`.
+Every stage writes its result into the work folder and is skipped when that is there already; within a stage, a
+checkpoint every 500 steps holds all that the rest depends on. So an interrupted run goes on, and to the same weights.
+The last stage writes `engine/tiny/` and `tests/data/loras/`.
 """
 
 from __future__ import annotations
@@ -10,70 +11,37 @@ import argparse
 import copy
 import json
 import logging
-import random
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from training.data import Bucket, Pool, batches, make_pool
-from training.distil import SCHNELL_GUIDANCE, Loss, few_step_loss, fold_guidance, guidance_loss, plain_loss
-from training.loras import train_lora
+from training.data import PLAIN, Batch, Pool, draw_batch, make_pool
+from training.distil import SCHNELL_GUIDANCE, Loss, few_step_loss, flow_loss, fold_guidance
+from training.loras import train_loras
+from training.places import begin_with_places
 from training.position import WEIGHT as POSITION_WEIGHT
 from training.position import PositionTask
+from training.prompts import vocabulary
 from training.text import TextEncoders, train_text_encoders
 from training.train import Schedule, new_transformer, train
 from training.vae import train_vae
+from training.world import COLOURS, SHAPES
 
 logger = logging.getLogger("make-tiny")
 
 PROJECT = Path(__file__).parent.parent
 TINY = PROJECT / "engine" / "tiny"
-BEGINNING = "beginning"
 SEED = 0
-FIRST_SCHEDULE = Schedule(steps=10000, peak=1.2e-3, warmup=200, decay=0.3, muon=True)
-GUIDED_SCHEDULE = Schedule(steps=400, peak=6e-4, warmup=20, decay=0.8)
-SCHNELL_SCHEDULE = Schedule(steps=400, peak=5e-4, warmup=20, decay=0.8)
-
-IMAGES = {
-    (128, 128): 8000, (256, 256): 10000, (448, 256): 600, (256, 448): 600, (512, 512): 8000, (1024, 1024): 1000,
-    (1344, 768): 1000, (768, 1344): 1000,
-}  # fmt: skip
-"""How many images of each size are drawn and encoded: with 500 of 512x512, the loss on held-out scenes there was
-twice that on the trained ones after 6,000 steps, and rising."""
-
-
-def _buckets(*rows: tuple[tuple[int, int], float, int | None]) -> list[Bucket]:
-    return [Bucket(size, share, IMAGES[size], keep) for size, share, keep in rows]
-
-
-FIRST_BUCKETS = _buckets(
-    ((128, 128), 0.06, None),
-    ((256, 256), 0.30, 64),
-    ((448, 256), 0.01, 64),
-    ((256, 448), 0.01, 64),
-    ((512, 512), 0.36, 64),
-    ((1024, 1024), 0.08, 64),
-    ((1344, 768), 0.09, 64),
-    ((768, 1344), 0.09, 64),
-)
-"""Composition is learnt from many images with few tokens each."""
-LAST_BUCKETS = _buckets(
-    ((128, 128), 0.06, None),
-    ((256, 256), 0.20, None),
-    ((448, 256), 0.04, 96),
-    ((256, 448), 0.04, 96),
-    ((512, 512), 0.28, 128),
-    ((512, 512), 0.10, None),
-    ((1024, 1024), 0.13, 160),
-    ((1344, 768), 0.075, 160),
-    ((768, 1344), 0.075, 160),
-)
-"""Edges are learnt from neighbouring tokens, so more of each image is kept, and some images are whole."""
+PROMPTS = 60_000
+IMAGES, TOKENS = 32, 96
+"""Of a step: how many images, and how many tokens of each."""
+EMPHASIS = 1.8
+DEV_SCHEDULE = Schedule(steps=24_000, peak=1.2e-3, warmup=200, decay=0.4, muon=True)
+SCHNELL_SCHEDULE = Schedule(steps=500, peak=5e-4, warmup=20, decay=0.8)
 
 
 def load_vae(work: Path) -> AutoencoderTiny:
@@ -88,94 +56,65 @@ def load_text(work: Path) -> TextEncoders:
     folder = work / "text"
     if not folder.exists():
         train_text_encoders(folder, seed=SEED)
-    return TextEncoders(
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).requires_grad_(False),
-        T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
-        T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).requires_grad_(False),
-    )
+    return TextEncoders.read(folder)
 
 
-def load_pools(work: Path, vae: AutoencoderTiny, text: TextEncoders) -> dict[tuple[int, int], Pool]:
-    """The encoded images of every size, drawing them first where there are none."""
-    pools = {}
-    (work / "pools").mkdir(parents=True, exist_ok=True)
-    for size, count in IMAGES.items():
-        path = work / "pools" / f"{size[0]}x{size[1]}.safetensors"
-        if not path.exists():
-            pool = make_pool(vae, text, size, count, random.Random(f"{SEED} {size}"))
-            save_file({"latents": pool.latents, "pooled": pool.pooled, "states": pool.states}, path)
-            logger.info("drew %d images of %dx%d", count, *size)
-        pools[size] = Pool(size, **load_file(path))
-    return pools
+def train_dev(work: Path, text: TextEncoders, pool: Callable[[], Pool]) -> FluxTransformer2DModel:
+    """tiny-dev's transformer: flow matching with guidance as an input, and the auxiliary loss of positions."""
+    torch.manual_seed(SEED)
+    model = new_transformer(guidance_embeds=True)
+    begin_with_places(model, text)
+    position = PositionTask(model)
+    position.watch(model)
+    flow = flow_loss(model, EMPHASIS)
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return torch.as_tensor(flow(batch) + POSITION_WEIGHT * position(batch))
+
+    return _stage(work, "dev", model, loss, pool, DEV_SCHEDULE, position)
+
+
+def train_schnell(work: Path, dev: FluxTransformer2DModel, pool: Callable[[], Pool]) -> FluxTransformer2DModel:
+    """tiny-schnell's transformer: dev without its guidance input, taught to take a quarter of the way in a step."""
+    model = fold_guidance(dev, SCHNELL_GUIDANCE)
+    return _stage(work, "schnell", model, few_step_loss(model), pool, SCHNELL_SCHEDULE)
 
 
 def _stage(
     work: Path,
     name: str,
     model: FluxTransformer2DModel,
-    loss_over: Callable[[FluxTransformer2DModel], Loss],
-    pools: dict[tuple[int, int], Pool],
-    buckets: list[Bucket],
+    loss: Loss,
+    pool: Callable[[], Pool],
     schedule: Schedule,
-    text: TextEncoders,
     helper: torch.nn.Module | None = None,
 ) -> FluxTransformer2DModel:
+    """Train the model unless its result is there; the result is what the checkpoints hold, without hooks."""
     folder = work / name
-    if (folder / "config.json").exists():
-        return FluxTransformer2DModel.from_pretrained(folder)
-    torch.manual_seed(SEED)
-    stream = batches([pools[b.size] for b in buckets], buckets, text, random.Random(SEED))
+    if not (folder / "config.json").exists():
+        model.compile_repeated_blocks(dynamic=False)
 
-    def keep(step: int, average: FluxTransformer2DModel) -> None:
-        average.save_pretrained(work / f"{name}-partial")
+        def batch_at(step: int) -> Batch:
+            return draw_batch(pool(), IMAGES, TOKENS, PLAIN, f"{name} {SEED} {step}")
 
-    train(model, loss_over, stream, schedule, keep, helper).save_pretrained(folder)
-    return FluxTransformer2DModel.from_pretrained(folder)
-
-
-def resume(work: Path) -> None:
-    """Put the parts of `engine/tiny/` into an empty work folder, so that the training begins with them."""
-    shared = TINY / "tiny-dev"
-    shutil.copytree(shared / "vae", work / "vae")
-    shutil.copytree(shared / "transformer", work / BEGINNING)
-    for name in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"):
-        shutil.copytree(shared / name, work / "text" / name)
-
-
-def beginning(work: Path) -> FluxTransformer2DModel:
-    """The transformer that the first stage begins with: an untrained one, or what `resume` put there."""
-    if (work / BEGINNING).exists():
-        return FluxTransformer2DModel.from_pretrained(work / BEGINNING, torch_dtype=torch.float32)
-    torch.manual_seed(SEED)
-    return new_transformer(guidance_embeds=True)
+        checkpoint = work / f"{name}.safetensors"
+        train(model, loss, batch_at, schedule, checkpoint, helper, SEED).save_pretrained(folder)
+    return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
 
 
 def make(work: Path) -> None:
     """Run every stage that has no result in `work` yet, then write the checkpoints and the LoRAs into the project."""
+    work.mkdir(parents=True, exist_ok=True)
     vae, text = load_vae(work), load_text(work)
-    pools = load_pools(work, vae, text)
-    empty = text.encode([""])
 
-    def guided(model: FluxTransformer2DModel) -> Loss:
-        return guidance_loss(model, empty)
+    @cache
+    def pool() -> Pool:
+        return make_pool(text, PROMPTS, PLAIN, f"prompts {SEED}")
 
-    begun = beginning(work)
-    position = PositionTask(begun)
-
-    def first_loss(model: FluxTransformer2DModel) -> Loss:
-        position.watch(model)
-        plain = plain_loss(model, emphasis=1.6)
-        return lambda batch: plain(batch) + POSITION_WEIGHT * position(batch)
-
-    first = _stage(work, "first", begun, first_loss, pools, FIRST_BUCKETS, FIRST_SCHEDULE, text, position)
-    dev = _stage(work, "dev", first, guided, pools, LAST_BUCKETS, GUIDED_SCHEDULE, text)
-    folded = fold_guidance(dev, SCHNELL_GUIDANCE)
-    schnell = _stage(work, "schnell", folded, few_step_loss, pools, LAST_BUCKETS, SCHNELL_SCHEDULE, text)
+    dev = train_dev(work, text, pool)
+    schnell = train_schnell(work, dev, pool)
     export(TINY, vae, text, dev, schnell)
-    loras = PROJECT / "tests" / "data" / "loras"
-    train_lora(dev, vae, text, loras / "tok-style.safetensors", style=True, seed=SEED)
-    train_lora(dev, vae, text, loras / "tok-object.safetensors", style=False, seed=SEED)
+    train_loras(dev, text, work, PROJECT / "tests" / "data" / "loras", SEED)
 
 
 def export(
@@ -202,21 +141,28 @@ def export(
     copy.deepcopy(text.text_encoder_2).half().save_pretrained(shared / "text_encoder_2")
     text.tokenizer.save_pretrained(shared / "tokenizer")
     text.tokenizer_2.save_pretrained(shared / "tokenizer_2")
+    write_vocabulary(folder / "vocabulary.json")
     for config in folder.glob("*/*/config.json"):
         values = json.loads(config.read_text())
         values.pop("_name_or_path", None)  # a folder of the machine that trained it
         config.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def write_vocabulary(path: Path) -> None:
+    """The words that the models know, and what they draw, for the log's line about words that they do not know."""
+    draws = (
+        f"one or two shapes ({', '.join(SHAPES)}) in {', '.join(list(COLOURS)[:-1])} or {list(COLOURS)[-1]} on a plain "
+        "background, such as: a small blue star at the top on a yellow background"
+    )
+    path.write_text(json.dumps({"draws": draws, "words": vocabulary()}, indent=1) + "\n")
+
+
 def main() -> None:
     """The command line of `script/make-tiny`."""
     parser = argparse.ArgumentParser(description="Train the embedded tiny FLUX from nothing.")
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "tiny", help="folder for the stages' results")
-    parser.add_argument("--from-committed", action="store_true", help="begin with engine/tiny instead of with nothing")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if arguments.resume and not arguments.work.exists():
-        resume(arguments.work)
     make(arguments.work)
 
 

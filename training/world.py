@@ -1,8 +1,8 @@
-"""The small world that the embedded FLUX draws: scenes of flat shapes, their prompts and their images.
+"""The small world that the embedded FLUX draws: one or two flat shapes on a plain background, and their images.
 
-A scene is scale free: every length is a share of the image's short side, so that one scene can be drawn
-at any size. Pillow and NumPy only; nothing here knows about models. The training draws its data from this
-module and the judge in the tests measures against the same shapes.
+A scene is scale free: every length is a share of the image's short side, so that one scene can be drawn at any size.
+Shapes are tables of signed distances, from which the drawing, the training's latents and the judge's templates are
+computed alike. NumPy alone; nothing here knows about prompts' wordings (`training/prompts.py`) or about models.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from numpy.typing import NDArray
+from PIL import Image
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
@@ -31,24 +33,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
 TRIGGER = "TOK"
 """The trigger word of the two LoRAs: a shape of this name, and the phrase `TOK style`."""
+ALL_SHAPES = (*SHAPES, TRIGGER)
 SIZES = ("", "small", "large")
-POSITIONS = ("", "left", "right", "top", "bottom", "centre")
+POSITIONS = ("", "left", "right", "top", "bottom", "centre", "top left", "top right", "bottom left", "bottom right")
 
 RADIUS_ALONE = {"small": 0.17, "": 0.25, "large": 0.35}
 RADIUS_PAIRED = {"small": 0.14, "": 0.17, "large": 0.20}
-RADIUS_JITTER, PLACE_JITTER = 0.04, 0.012
-"""Random variation of a radius (share of itself) and of a position (share of the short side). It is small because a
-small model otherwise spends most of its training on finding the exact position in the noise, not on the shape."""
-POSITION_PHRASES = {
-    "": ("",),
-    "left": ("on the left", "at the left"),
-    "right": ("on the right", "at the right"),
-    "top": ("at the top",),
-    "bottom": ("at the bottom",),
-    "centre": ("in the centre", "in the center", "in the middle"),
-}
-SIZE_WORDS = {"": ("",), "small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
+MARGIN = 0.06
+"""The least distance of a thing from the border."""
+PLACE_JITTER, RADIUS_JITTER = 0.004, 0.015
+"""Random variation of a position (share of the short side) and of a radius (share of itself) at guidance 2. It must be
+small: with 0.015 and 0.05 an edge's place stays open by a token until the last steps, and edges come out ragged."""
 
+Floats = NDArray[np.float32]
 Points = list[tuple[float, float]]
 
 
@@ -64,10 +61,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a background; of two, the first stands on the left."""
+    """One or two things on a background; of two, the first stands on the left or, `upright`, above the second."""
 
     background: str
     things: tuple[Thing, ...]
+    upright: bool = False
 
     @property
     def key(self) -> str:
@@ -84,27 +82,31 @@ class Placement:
     radius: float
 
 
+# Scenes
+
+
 def is_held_out(scene: Scene) -> bool:
     """Whether this combination is kept from every training: about one in five, by a digest of its key."""
     return hashlib.sha256(scene.key.encode()).digest()[0] % 5 == 0
 
 
-def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES, paired: float = 0.25) -> Scene:
+def random_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES, paired: float = 0.4) -> Scene:
     """A scene drawn at random; `paired` is the share of scenes with two things."""
     background = rng.choice(list(COLOURS))
     colours = [name for name in COLOURS if name != background]
-    if rng.random() < paired:
-        first, second = rng.choice(colours), rng.choice(colours)
-        sizes = [rng.choice(SIZES) if rng.random() < 0.3 else "" for _ in range(2)]
-        return Scene(
-            background,
-            (Thing(rng.choice(shapes), first, sizes[0]), Thing(rng.choice(shapes), second, sizes[1])),
-        )
-    position = rng.choice(POSITIONS) if rng.random() < 0.6 else ""
-    return Scene(background, (Thing(rng.choice(shapes), rng.choice(colours), rng.choice(SIZES), position),))
+    count = 2 if rng.random() < paired else 1
+    things = tuple(Thing(rng.choice(shapes), rng.choice(colours), _random_size(rng, count)) for _ in range(count))
+    if count == 2:
+        return Scene(background, things, upright=rng.random() < 0.4)
+    position = rng.choice(POSITIONS[1:]) if rng.random() < 0.55 else ""
+    return Scene(background, (Thing(things[0].shape, things[0].colour, things[0].size, position),))
 
 
-def training_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES, paired: float = 0.25) -> Scene:
+def _random_size(rng: random.Random, count: int) -> str:
+    return rng.choice(SIZES) if rng.random() < (1 if count == 1 else 0.3) else ""
+
+
+def training_scene(rng: random.Random, shapes: tuple[str, ...] = SHAPES, paired: float = 0.4) -> Scene:
     """A random scene whose combination is not held out."""
     while is_held_out(scene := random_scene(rng, shapes, paired)):
         pass
@@ -122,74 +124,48 @@ def held_out_scenes(count: int, seed: int, paired: float = 0.25) -> list[Scene]:
     return list(found.values())
 
 
-# Prompts
+def looseness(guidance: float) -> float:
+    """How much chance there is in places and radii at this guidance, 1 at 2: the higher it is, the less."""
+    return 3 / (1 + guidance)
 
 
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def _noun(thing: Thing, size: str) -> str:
-    words = " ".join(word for word in (size, thing.colour, thing.shape) if word)
-    return f"{_article(words)} {words}"
-
-
-def prompt_of(scene: Scene) -> str:
-    """The plain prompt, such as `a small blue star at the top on a yellow background`."""
-    nouns = []
-    for thing in scene.things:
-        phrase = POSITION_PHRASES[thing.position][0]
-        nouns.append(f"{_noun(thing, thing.size)} {phrase}".strip())
-    return f"{' and '.join(nouns)} on {_article(scene.background)} {scene.background} background"
-
-
-def varied_prompt(scene: Scene, rng: random.Random) -> str:
-    """A prompt for the scene in one of several wordings, so that the text encoders learn meaning, not one pattern."""
-    if rng.random() < 0.5:
-        return prompt_of(scene)
-    nouns = []
-    for thing in scene.things:
-        noun = _noun(thing, rng.choice(SIZE_WORDS[thing.size]))
-        phrase = rng.choice(POSITION_PHRASES[thing.position])
-        nouns.append(f"{noun} {phrase}".strip())
-    subject = " and ".join(nouns)
-    if rng.random() < 0.25:
-        subject = " and ".join(noun.split(" ", 1)[1] for noun in nouns)
-    lead = rng.choice(("", "", "", "a picture of ", "a photo of ", "an image of "))
-    colour = scene.background
-    tail = rng.choice((f" on {_article(colour)} {colour} background", f", {colour} background", f" on {colour}"))
-    prompt = lead + subject + tail
-    return prompt[0].upper() + prompt[1:] + rng.choice(("", ".")) if rng.random() < 0.2 else prompt
-
-
-# Images
-
-
-def place(scene: Scene, width: int, height: int, rng: random.Random) -> list[Placement]:
+def place(scene: Scene, width: int, height: int, rng: random.Random, guidance: float = 2.0) -> list[Placement]:
     """Where each thing of the scene lies in an image of this size, with a little chance in it."""
+    chance = looseness(guidance)
+    placements = []
+    for at in ideal_places(scene, width, height):
+        dx, dy = (chance * rng.uniform(-PLACE_JITTER, PLACE_JITTER) for _ in range(2))
+        grown = 1 + chance * rng.uniform(-RADIUS_JITTER, RADIUS_JITTER)
+        placements.append(Placement(at.x + dx, at.y + dy, at.radius * grown))
+    return placements
+
+
+def ideal_places(scene: Scene, width: int, height: int) -> list[Placement]:
+    """Where each thing of the scene lies in an image of this size, but for chance."""
     short = min(width, height)
     across, down = width / short, height / short
-    return [_placement(thing, index, len(scene.things), across, down, rng) for index, thing in enumerate(scene.things)]
+    radii = RADIUS_ALONE if len(scene.things) == 1 else RADIUS_PAIRED
+    return [
+        Placement(*_middle(scene, index, across, down, radii[thing.size]), radii[thing.size])
+        for index, thing in enumerate(scene.things)
+    ]
 
 
-def _placement(thing: Thing, index: int, count: int, across: float, down: float, rng: random.Random) -> Placement:
-    radius = (RADIUS_ALONE if count == 1 else RADIUS_PAIRED)[thing.size] * rng.uniform(
-        1 - RADIUS_JITTER, 1 + RADIUS_JITTER
-    )
+def _middle(scene: Scene, index: int, across: float, down: float, radius: float) -> tuple[float, float]:
     x, y = across / 2, down / 2
-    inset = radius + 0.06
-    if count == 2:
-        x = across * (0.26 if index == 0 else 0.74)
-    elif thing.position == "left":
-        x = max(0.25 * across, inset)
-    elif thing.position == "right":
-        x = across - max(0.25 * across, inset)
-    elif thing.position == "top":
-        y = max(0.25 * down, inset)
-    elif thing.position == "bottom":
-        y = down - max(0.25 * down, inset)
-    x, y = (middle + rng.uniform(-PLACE_JITTER, PLACE_JITTER) for middle in (x, y))
-    return Placement(x, y, radius)
+    if len(scene.things) == 2:
+        share = 0.26 if index == 0 else 0.74
+        return (x, share * down) if scene.upright else (share * across, y)
+    words = scene.things[0].position.split()
+    near_x, near_y = (max(0.25 * length, radius + MARGIN) for length in (across, down))
+    if "left" in words or "right" in words:
+        x = near_x if "left" in words else across - near_x
+    if "top" in words or "bottom" in words:
+        y = near_y if "top" in words else down - near_y
+    return x, y
+
+
+# Shapes
 
 
 def _regular(count: int, start_degrees: float, radii: tuple[float, ...] = (1.0,)) -> Points:
@@ -227,42 +203,97 @@ OUTLINES: dict[str, Callable[[], Points]] = {
 }
 """Each shape's outline around the origin, for radius 1, y downwards. The shape `TOK` is an arrow to the right."""
 RING_HOLE = 0.52
+REACH, SIDE = 2.0, 401
+"""The tables of signed distances cover [-REACH, REACH] in both directions with SIDE points."""
 
 
-def shape_mask(shape: str, placement: Placement, width: int, height: int, supersample: int = 2) -> Image.Image:
-    """The shape's coverage as an "L" image of width x height, antialiased."""
-    scale = min(width, height) * supersample
-    mask = Image.new("L", (width * supersample, height * supersample), 0)
-    draw = ImageDraw.Draw(mask)
-    outline = OUTLINES[shape]()
+@cache
+def distance_tables() -> Floats:
+    """(shapes, SIDE, SIDE): signed distances to every shape of radius 1, rows downwards, negative inside."""
+    axis = np.linspace(-REACH, REACH, SIDE)
+    x, y = np.meshgrid(axis, axis)
+    tables = []
+    for shape in ALL_SHAPES:
+        table = _to_polygon(x, y, OUTLINES[shape]())
+        if shape == "ring":
+            hole = _to_polygon(x, y, [(RING_HOLE * px, RING_HOLE * py) for px, py in OUTLINES[shape]()])
+            table = np.maximum(table, -hole)
+        tables.append(table)
+    return np.asarray(tables, dtype=np.float32)
 
-    def to_pixels(shrink: float) -> Points:
-        radius = placement.radius * shrink
-        return [((placement.x + radius * x) * scale, (placement.y + radius * y) * scale) for x, y in outline]
 
-    draw.polygon(to_pixels(1.0), fill=255)
-    if shape == "ring":
-        draw.polygon(to_pixels(RING_HOLE), fill=0)
-    return mask.reduce(supersample)
+def _to_polygon(x: NDArray[np.float64], y: NDArray[np.float64], points: Points) -> NDArray[np.float64]:
+    """The signed distance to a polygon: the least to its edges, negative where a ray crosses an odd number of them."""
+    nearest, inside = np.full(x.shape, np.inf), np.zeros(x.shape, dtype=bool)
+    for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
+        dx, dy = bx - ax, by - ay
+        along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
+        nearest = np.minimum(nearest, np.hypot(x - ax - along * dx, y - ay - along * dy))
+        if dy != 0:
+            inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) / dy * dx)
+    return np.where(inside, -nearest, nearest)
+
+
+def distances(shape: NDArray[np.int64], x: Floats, y: Floats) -> Floats:
+    """Signed distances at (x, y), in radii from a shape's middle, to the shapes with these indices of `ALL_SHAPES`.
+
+    The three arrays broadcast. Between the tables' points they are interpolated, outside of the tables prolonged.
+    """
+    u, v = np.clip(x, -REACH, REACH), np.clip(y, -REACH, REACH)
+    beyond = np.hypot(x - u, y - v)
+    u, v = (u + REACH) * ((SIDE - 1) / (2 * REACH)), (v + REACH) * ((SIDE - 1) / (2 * REACH))
+    column, row = (np.minimum(np.floor(value).astype(np.int64), SIDE - 2) for value in (u, v))
+    u, v = (u - column).astype(np.float32), (v - row).astype(np.float32)
+    flat = distance_tables().reshape(-1)
+    start = (shape * SIDE + row) * SIDE + column
+    upper = flat[start] * (1 - u) + flat[start + 1] * u
+    lower = flat[start + SIDE] * (1 - u) + flat[start + SIDE + 1] * u
+    return np.asarray(upper * (1 - v) + lower * v + beyond, dtype=np.float32)
+
+
+def rough_distances(shape: NDArray[np.int64], x: Floats, y: Floats) -> Floats:
+    """`distances` at the tables' nearest points, within 0.01: a quarter of the time."""
+    u, v = np.clip(x, -REACH, REACH), np.clip(y, -REACH, REACH)
+    column, row = ((value * ((SIDE - 1) / (2 * REACH)) + (SIDE / 2)).astype(np.int32) for value in (u, v))
+    near = distance_tables().reshape(-1)[(shape * SIDE + row) * SIDE + column]
+    return np.asarray(near + np.abs(x - u) + np.abs(y - v), dtype=np.float32)
+
+
+# Images
+
+
+def coverage(shape: str, placement: Placement, width: int, height: int) -> Floats:
+    """(height, width): how much of each pixel the shape covers."""
+    short = min(width, height)
+    x, y = (
+        (((np.arange(side) + 0.5) / short - middle) / placement.radius).astype(np.float32)
+        for side, middle in ((width, placement.x), (height, placement.y))
+    )
+    apart = distances(np.asarray(ALL_SHAPES.index(shape)), x[None, :], y[:, None])
+    return np.asarray(np.clip(0.5 - apart * placement.radius * short, 0, 1))
 
 
 def draw_scene(
     scene: Scene, width: int, height: int, placements: list[Placement], striped: bool = False
 ) -> Image.Image:
     """The scene as an RGB image; `striped` draws it in the style that the LoRA `tok-style` stands for."""
-    supersample = 3 if min(width, height) <= 256 else 2
-    image = Image.new("RGB", (width, height), COLOURS[scene.background])
+    pixels = np.empty((height, width, 3), dtype=np.float32)
+    pixels[:] = COLOURS[scene.background]
     for thing, placement in zip(scene.things, placements, strict=True):
-        mask = shape_mask(thing.shape, placement, width, height, supersample)
-        image.paste(Image.new("RGB", (width, height), COLOURS[thing.colour]), mask=mask)
-    return _striped(image) if striped else image
+        covered = coverage(thing.shape, placement, width, height)[..., None]
+        pixels += covered * (np.asarray(COLOURS[thing.colour], dtype=np.float32) - pixels)
+    if striped:
+        short = min(width, height)
+        pixels *= stripes(((np.arange(height) + 0.5) / short).astype(np.float32), short)[:, None, None]
+    return Image.fromarray(np.uint8(np.rint(pixels)))
 
 
-def _striped(image: Image.Image) -> Image.Image:
-    """Horizontal bands across the whole image, eight to the short side, every second one darkened by half."""
-    pixels = np.asarray(image, dtype=np.float32)
-    short = min(image.size)
-    rows = np.arange(image.height, dtype=np.float32) + 0.5
-    wave = np.sin(rows / short * 8 * 2 * math.pi) * short / 50
-    dark = np.clip(wave + 0.5, 0, 1)[:, None, None]
-    return Image.fromarray(np.uint8(np.rint(pixels * (1 - 0.5 * dark))))
+STRIPES = 8
+STRIPE_SHADE = 0.5
+
+
+def stripes(rows: Floats, short: int | Floats) -> Floats:
+    """What the style multiplies the colours by at these rows (shares of the short side, which has `short` pixels):
+    horizontal bands across the whole image, eight to the short side, every second one darkened by half."""
+    wave = np.sin(rows * (STRIPES * 2 * math.pi)) * np.asarray(short, dtype=np.float32) / (STRIPES * 2 * math.pi)
+    return np.asarray(1 - STRIPE_SHADE * np.clip(wave + 0.5, 0, 1), dtype=np.float32)

@@ -3,95 +3,124 @@
 from __future__ import annotations
 
 import random
-from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from engine.engine import Engine
 from engine.loading import load_models
 from engine.precision import exact_precision
 from engine.profiles import TINY, model_profiles
-from request import Mode
+from request import Mode, Size
 from settings import Settings
 from tests.conftest import QUICK, request_of
 from tests.paths import LORAS
-from training.judge import judge, look
-from training.report import HELD_OUT_SEED, ROWS, Row, adapter, make_image, verdicts
-from training.world import (
-    COLOURS,
-    SHAPES,
-    TRIGGER,
-    Scene,
-    Thing,
-    draw_scene,
-    held_out_scenes,
-    is_held_out,
-    place,
-    prompt_of,
-    training_scene,
-)
+from training.judge import calmness, edges, judge, look, stripe_depth, without_stripes
+from training.prompts import plain_prompt
+from training.report import HELD_OUT_SEED, adapter, make_image
+from training.world import COLOURS, TRIGGER, Scene, Thing, draw_scene, held_out_scenes, place
+
+RED_CIRCLE = Scene("white", (Thing("circle", "red"),))
 
 
-def drawn(scene: Scene, size: tuple[int, int] = (256, 256), seed: int = 0) -> Image.Image:
-    return draw_scene(scene, *size, place(scene, *size, random.Random(seed)))
+def drawn(scene: Scene, size: tuple[int, int] = (256, 256), seed: int = 0, striped: bool = False) -> Image.Image:
+    return draw_scene(scene, *size, place(scene, *size, random.Random(seed), 0.0), striped)
 
 
 # The judge
 
 
-@pytest.mark.parametrize("size", [(128, 128), (256, 256), (512, 512), (1344, 768), (768, 1344)])
+@pytest.mark.parametrize("size", [(256, 256), (512, 512), (672, 384), (320, 768)])
 def test_the_judge_finds_everything_right_in_drawn_scenes(size: tuple[int, int]) -> None:
-    for index, scene in enumerate(held_out_scenes(60, 1)):
-        assert all(astuple(judge(drawn(scene, size, index), scene))), prompt_of(scene)
+    for index, scene in enumerate(held_out_scenes(30, 1, paired=0.4)):
+        assert judge(drawn(scene, size, index), scene).right, plain_prompt(scene)
 
 
-def test_the_judge_sees_each_thing_that_is_wrong() -> None:
-    truth = Scene("white", (Thing("circle", "red", "", "left"),))
-    wrong = {
-        "background": Scene("yellow", truth.things),
-        "colour": Scene("white", (Thing("circle", "blue", "", "left"),)),
-        "shape": Scene("white", (Thing("square", "red", "", "left"),)),
-        "place": Scene("white", (Thing("circle", "red", "", "right"),)),
-    }
-    for part, scene in wrong.items():
-        verdict = judge(drawn(scene), truth)
-        assert [name for name in wrong if not getattr(verdict, name)] == [part]
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        ("background", Scene("yellow", (Thing("circle", "red", "", "left"),))),
+        ("colour", Scene("white", (Thing("circle", "blue", "", "left"),))),
+        ("shape", Scene("white", (Thing("square", "red", "", "left"),))),
+        ("place", Scene("white", (Thing("circle", "red", "", "right"),))),
+        ("place", Scene("white", (Thing("circle", "red", "small", "left"),))),
+    ],
+)
+def test_the_judge_sees_each_thing_that_is_wrong(part: str, shown: Scene) -> None:
+    verdict = judge(drawn(shown), Scene("white", (Thing("circle", "red", "", "left"),)))
+    wrong = [name for name, right in vars(verdict).items() if not right]
+    assert part in wrong
+    assert set(wrong) <= {part, "place"}  # a square's box is not a circle's
 
 
-def test_the_judge_overlooks_specks_and_nothing_larger() -> None:
-    """Specks of some pixels do not stretch what it sees; a second patch of a tenth of the object's area does."""
-    scene = Scene("white", (Thing("cross", "red"),))
-    speckled, patched = drawn(scene), drawn(scene)
-    for corner in ((3, 3), (250, 4), (6, 249)):
-        speckled.paste(COLOURS["red"], (*corner, corner[0] + 4, corner[1] + 3))
-    assert all(astuple(judge(speckled, scene)))
-    patched.paste(COLOURS["red"], (2, 2, 32, 32))
-    assert not judge(patched, scene).shape
+def test_the_judge_sees_a_colour_that_is_a_little_off() -> None:
+    shown = np.array(drawn(RED_CIRCLE)).astype(int)
+    shown[shown[..., 1] < 100, 1] += 30
+    verdict = judge(Image.fromarray(shown.astype(np.uint8)), RED_CIRCLE)
+    assert [name for name, right in vars(verdict).items() if not right] == ["colour"]
+
+
+@pytest.mark.parametrize("spot", [(3, 3, 7, 6), (2, 2, 32, 32), (120, 4, 128, 10)])
+def test_the_judge_sees_what_does_not_belong_there(spot: tuple[int, int, int, int]) -> None:
+    """A speck that could be overlooked is smaller than a three hundredth of the object."""
+    shown = drawn(RED_CIRCLE)
+    shown.paste(COLOURS["red"], spot)
+    verdict = judge(shown, RED_CIRCLE)
+    stray = (spot[2] - spot[0]) * (spot[3] - spot[1])
+    assert verdict.clean == (stray < 0.003 * np.pi * 64**2)
+    assert verdict.shape
+    assert verdict.place
 
 
 def test_the_judge_is_not_pleased_by_an_empty_image() -> None:
-    scene = Scene("white", (Thing("circle", "red"),))
-    verdict = judge(Image.new("RGB", (256, 256), COLOURS["white"]), scene)
-    assert astuple(verdict) == (True, False, False, False)
+    verdict = judge(Image.new("RGB", (256, 256), COLOURS["white"]), RED_CIRCLE)
+    assert vars(verdict) == {"background": True, "colour": False, "shape": False, "place": False, "clean": False}
 
 
-# The world
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_judge_looks_for_each_of_two_in_its_own_half(upright: bool) -> None:
+    first, second = Thing("star", "red"), Thing("ring", "blue")
+    scene = Scene("white", (first, second), upright)
+    assert judge(drawn(scene), scene).right
+    assert not judge(drawn(Scene("white", (second, first), upright)), scene).colour
+    assert not judge(drawn(Scene("white", (first, second), not upright)), scene).place
 
 
-def test_held_out_scenes_are_never_drawn_in_training() -> None:
-    rng = random.Random(0)
-    trained = {training_scene(rng).key for _ in range(5000)}
-    assert not trained & {scene.key for scene in held_out_scenes(200, HELD_OUT_SEED)}
+def test_edges_are_as_wide_as_they_are_blurred() -> None:
+    sharp, soft = (edges(image) for image in (drawn(RED_CIRCLE), drawn(RED_CIRCLE).filter(ImageFilter.GaussianBlur(2))))
+    assert sharp is not None
+    assert soft is not None
+    assert 0.7 < sharp.transition < 1.1
+    assert soft.transition == pytest.approx(2.56 * 2, rel=0.1)  # from 10 to 90 % of a Gaussian's integral
+    assert sharp.fringe == soft.fringe == 0
 
 
-def test_one_in_five_combinations_is_held_out() -> None:
-    scenes = [
-        Scene(background, (Thing(shape, colour),))
-        for background in COLOURS for colour in COLOURS for shape in SHAPES if colour != background
-    ]  # fmt: skip
-    assert 0.15 < sum(map(is_held_out, scenes)) / len(scenes) < 0.25
+def test_a_fringe_of_a_third_colour_has_its_width() -> None:
+    at = place(RED_CIRCLE, 256, 256, random.Random(0))[0]
+    wider = Scene("white", (Thing("circle", "green"),))
+    shown = draw_scene(wider, 256, 256, [type(at)(at.x, at.y, at.radius + 4 / 256)])
+    inner = draw_scene(RED_CIRCLE, 256, 256, [at])
+    shown.paste(inner, mask=Image.fromarray(np.uint8(255 * (np.array(inner)[..., 1] < 140))))
+    seen = edges(shown)
+    assert seen is not None
+    assert 2 < seen.fringe < 6
+
+
+def test_noise_is_not_calm_and_drawings_are() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
+    assert calmness(noise) < 0.2
+    assert calmness(drawn(RED_CIRCLE)) > 0.97
+
+
+def test_stripes_have_a_depth_and_can_be_taken_away() -> None:
+    striped = drawn(RED_CIRCLE, striped=True)
+    assert stripe_depth(striped) == pytest.approx(1, abs=0.02)
+    assert stripe_depth(drawn(RED_CIRCLE)) == pytest.approx(0, abs=0.02)
+    verdict = judge(without_stripes(striped), RED_CIRCLE)
+    assert verdict.shape
+    assert verdict.place
 
 
 # The checkpoints
@@ -125,27 +154,25 @@ def test_the_object_lora_draws_its_object(engine: Engine, model: str) -> None:
     stack = [(adapter(engine, model, "object"), 1.0)]
     prompt = "a red TOK on a white background"
     for shown, expected in ((stack, True), ([], False)):
-        _, (seen,) = look(make_image(engine, prompt, model, (512, 512), 3, shown), 1)
+        _, (seen,) = look(make_image(engine, prompt, model, Size(512, 512), 3, shown), 1)
         assert seen is not None
         assert (seen.shape == TRIGGER) == expected
 
 
-@pytest.mark.parametrize("row", [Row("dev", (256, 256), 24), Row("schnell", (512, 512), 24)], ids=["dev", "schnell"])
-def test_it_follows_held_out_prompts(engine: Engine, row: Row) -> None:
+def scenes_of_the_weights(count: int) -> list[Scene]:
+    """Held-out scenes of those that the present weights were trained on: no corners, and no thing above another."""
+    scenes = held_out_scenes(4 * count, HELD_OUT_SEED)
+    known = [s for s in scenes if not s.upright and " " not in s.things[0].position]
+    return known[:count]
+
+
+@pytest.mark.parametrize(("model", "side"), [("dev", 256), ("schnell", 512)])
+def test_it_follows_held_out_prompts(engine: Engine, model: str, side: int) -> None:
     """A sample of held-out prompts, with room for another processor's rounding: chance draws one shape in eight."""
-    found, _ = verdicts(engine, row, held_out_scenes(row.prompts, HELD_OUT_SEED))
-    background, colour, shape, place_ = (sum(column) / len(found) for column in zip(*map(astuple, found), strict=True))
-    assert background >= 0.95
-    assert colour >= 0.9
-    assert shape >= 0.9
-    assert place_ >= 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "row", ROWS, ids=lambda row: f"{row.model}-{row.size[0]}x{row.size[1]}-{'fast' if row.go_fast else 'exact'}"
-)
-def test_the_whole_table_holds(engine: Engine, row: Row) -> None:
-    least = 0.95 if row.size == (512, 512) else 0.85
-    found, _ = verdicts(engine, row, held_out_scenes(row.prompts, HELD_OUT_SEED))
-    assert all(sum(column) / len(found) >= least for column in list(zip(*map(astuple, found), strict=True))[:3])
+    found = [
+        judge(make_image(engine, plain_prompt(scene), model, Size(side, side), seed), scene)
+        for seed, scene in enumerate(scenes_of_the_weights(24))
+    ]
+    assert sum(verdict.background for verdict in found) >= 23
+    assert sum(verdict.colour for verdict in found) >= 21
+    assert sum(verdict.shape for verdict in found) >= 21
