@@ -1,7 +1,8 @@
 """Make the embedded checkpoints from nothing: `python -m training.make_tiny`, behind `script/make-tiny`.
 
-Every stage writes its result into the work folder and is skipped when that is there already; within a stage, a
-checkpoint every 500 steps holds all that the rest depends on. So an interrupted run goes on, and to the same weights.
+Every stage writes its result into the work folder, in half precision as it is kept in the end, and is skipped when that
+is there already; within a stage, a checkpoint every 500 steps holds all that the rest depends on. So an interrupted run
+goes on, and to the same weights.
 The last stage writes `engine/tiny/` and `tests/data/loras/`.
 """
 
@@ -98,7 +99,7 @@ def _stage(
             return draw_batch(pool(), IMAGES, TOKENS, PLAIN, f"{name} {SEED} {step}")
 
         checkpoint = work / f"{name}.safetensors"
-        train(model, loss, batch_at, schedule, checkpoint, helper, SEED).save_pretrained(folder)
+        train(model, loss, batch_at, schedule, checkpoint, helper, SEED).half().save_pretrained(folder)
     return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
 
 

@@ -170,8 +170,8 @@ def _attributes(prompt: Prompt) -> list[int]:
 ATTRIBUTE_CLASSES = (2, len(COLOURS), 2, 2, *(len(COLOURS), len(ALL_SHAPES), len(SIZES)) * 2, len(POSITIONS))
 
 
-def train_text_encoders(folder: Path, steps: int = STEPS, seed: int = 0) -> TextEncoders:
-    """Train both encoders to classify a prompt's attributes; save all four components under `folder`."""
+def train_text_encoders(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
+    """Train both encoders to classify a prompt's attributes; save all four components under `folder`, in half."""
     encoders = new_encoders(seed)
     rng = random.Random(seed)
     clip_heads, t5_heads = (nn.Linear(WIDTH, sum(ATTRIBUTE_CLASSES)) for _ in range(2))
@@ -203,9 +203,10 @@ def train_text_encoders(folder: Path, steps: int = STEPS, seed: int = 0) -> Text
                 "text step %d of %d: loss %.4f, prompts all right: clip %.3f, t5 %.3f, marks %.3f",
                 step + 1, steps, loss.item(), right_clip, right_t5, right_marks,
             )  # fmt: skip
-    for name in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"):
-        getattr(encoders, name).save_pretrained(folder / name)
-    return encoders
+    encoders.tokenizer.save_pretrained(folder / "tokenizer")
+    encoders.text_encoder.half().save_pretrained(folder / "text_encoder")
+    encoders.tokenizer_2.save_pretrained(folder / "tokenizer_2")
+    encoders.text_encoder_2.half().save_pretrained(folder / "text_encoder_2")
 
 
 def _summed(states: Tensor) -> Tensor:

@@ -93,8 +93,8 @@ def _set_encoder(vae: AutoencoderTiny) -> None:
 # Its training
 
 
-def train_vae(folder: Path, steps: int = STEPS, seed: int = 0) -> AutoencoderTiny:
-    """Train the decoder from nothing, and save the VAE to `folder`."""
+def train_vae(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
+    """Train the decoder from nothing, and save the VAE to `folder`, in half."""
     torch.manual_seed(seed)
     vae = new_vae()
     vae.encoder.requires_grad_(False)
@@ -119,8 +119,7 @@ def train_vae(folder: Path, steps: int = STEPS, seed: int = 0) -> AutoencoderTin
             logger.info("vae step %d of %d: mean squared error %.5f", step + 1, steps, error.square().mean().item())
         if step % 500 == 499:
             resumable.save(step + 1)
-    vae.save_pretrained(folder)
-    return vae
+    vae.half().save_pretrained(folder)
 
 
 def draw_crops(seed: int, step: int) -> tuple[Tensor, Tensor]:
