@@ -108,6 +108,7 @@ def test_a_compiled_engine_keeps_its_graphs_and_draws_nearly_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The real compiler, so it takes minutes; a second start in this process finds the file."""
+    torch._dynamo.reset()  # what other tests compiled would be found in this process's memory, and nothing be kept
     profiles = model_profiles("tiny", Settings())
     settings = Settings(compile="on", cache_dir=tmp_path, graphs_dir=tmp_path / "volume")
     plain, compiled = start_engine(profiles, Settings(), CPU), start_engine(profiles, settings, CPU)
