@@ -38,11 +38,12 @@ PROJECT = Path(__file__).parent.parent
 TINY = PROJECT / "engine" / "tiny"
 SEED = 0
 PROMPTS = 60_000
-IMAGES, TOKENS = 32, 96
-"""Of a step: how many images, and how many tokens of each."""
+IMAGES, TOKENS = 16, 96
+"""Of a step: how many images, and how many tokens of each. Many steps are worth more than large ones: after as many
+images, 33,600, the loss was 0.21 with 16 a step and 0.27 with 32."""
 EMPHASIS = 1.8
-DEV_SCHEDULE = Schedule(steps=24_000, peak=1.2e-3, warmup=200, decay=0.4, muon=True)
-SCHNELL_SCHEDULE = Schedule(steps=500, peak=5e-4, warmup=20, decay=0.8)
+DEV_SCHEDULE = Schedule(steps=38_000, peak=1.2e-3, warmup=200, decay=0.4, muon=True)
+SCHNELL_SCHEDULE = Schedule(steps=1000, peak=5e-4, warmup=20, decay=0.8)
 
 
 def load_vae(work: Path) -> AutoencoderTiny:
