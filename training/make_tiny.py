@@ -26,11 +26,9 @@ from training.loras import train_loras
 from training.places import begin_with_places
 from training.position import WEIGHT as POSITION_WEIGHT
 from training.position import PositionTask
-from training.prompts import vocabulary
 from training.text import TextEncoders, train_text_encoders
 from training.train import Schedule, new_transformer, train
 from training.vae import train_vae
-from training.world import COLOURS, SHAPES
 
 logger = logging.getLogger("make-tiny")
 
@@ -143,20 +141,10 @@ def export(
     copy.deepcopy(text.text_encoder_2).half().save_pretrained(shared / "text_encoder_2")
     text.tokenizer.save_pretrained(shared / "tokenizer")
     text.tokenizer_2.save_pretrained(shared / "tokenizer_2")
-    write_vocabulary(folder / "vocabulary.json")
     for config in folder.glob("*/*/config.json"):
         values = json.loads(config.read_text())
         values.pop("_name_or_path", None)  # a folder of the machine that trained it
         config.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def write_vocabulary(path: Path) -> None:
-    """The words that the models know, and what they draw, for the log's line about words that they do not know."""
-    draws = (
-        f"one or two shapes ({', '.join(SHAPES)}) in {', '.join(list(COLOURS)[:-1])} or {list(COLOURS)[-1]} on a plain "
-        "background, such as: a small blue star at the top on a yellow background"
-    )
-    path.write_text(json.dumps({"draws": draws, "words": vocabulary()}, indent=1) + "\n")
 
 
 def main() -> None:
