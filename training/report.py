@@ -288,9 +288,6 @@ def contact_sheet(images: list[tuple[str, Image.Image]], columns: int, side: int
     return sheet
 
 
-SHEET = 512
-
-
 def sheets(engine: Engine, folder: Path) -> None:
     """Write the contact sheets and one image at full size."""
     folder.mkdir(exist_ok=True)

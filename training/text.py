@@ -185,7 +185,8 @@ def train_text_encoders(folder: Path, steps: int = STEPS, seed: int = 0) -> None
         labels = torch.tensor([_attributes(prompt) for prompt in prompts])
         texts = [prompt.text for prompt in prompts]
         pooled, states = encoders.encode(texts)
-        loss = _cross_entropy(clip_heads(pooled), labels) + _cross_entropy(t5_heads(_summed(states)), labels)
+        from_clip, from_t5 = clip_heads(pooled), t5_heads(_summed(states))
+        loss = _cross_entropy(from_clip, labels) + _cross_entropy(from_t5, labels)
         marks = marks_of(encoders.t5_ids(texts)).flatten()
         told = mark_heads(states).flatten(0, 1)
         loss = loss + MARK_WEIGHT * nn.functional.cross_entropy(told, marks)
@@ -195,9 +196,9 @@ def train_text_encoders(folder: Path, steps: int = STEPS, seed: int = 0) -> None
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        right_clip += 0.02 * (_accuracy(clip_heads(pooled), labels) - right_clip)
+        right_clip += 0.02 * (_accuracy(from_clip, labels) - right_clip)
         right_marks += 0.02 * ((told.argmax(-1) == marks).float().mean().item() - right_marks)
-        right_t5 += 0.02 * (_accuracy(t5_heads(_summed(states)), labels) - right_t5)
+        right_t5 += 0.02 * (_accuracy(from_t5, labels) - right_t5)
         if step % 100 == 99:
             logger.info(
                 "text step %d of %d: loss %.4f, prompts all right: clip %.3f, t5 %.3f, marks %.3f",
