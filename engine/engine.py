@@ -148,6 +148,8 @@ class Engine:
             self.fast.release()
         adapters = precision.adapters[request.model]
         _apply(adapters, stack)
+        if model.profile.vocabulary and (remark := model.profile.vocabulary.remark(request.prompt)):
+            logger.info("%s", remark)
         started = time.monotonic()
         encoded = self._encoded(model, adapters, request.prompt)
         seconds = time.monotonic() - started

@@ -1,10 +1,11 @@
-"""The models of each profile, as rows of a table. Loads nothing."""
+"""The models of each profile, as rows of a table. Loads no model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.vocabulary import Vocabulary, read_vocabulary
 from settings import Settings
 
 TINY = Path(__file__).parent / "tiny"
@@ -21,6 +22,8 @@ class ModelProfile:
     """Holds the text encoders, the tokenizers and the VAE, loaded once for all models that name the same."""
     max_prompt_tokens: int
     """The length that T5 prompts are padded or cut to, as in the model's training."""
+    vocabulary: Vocabulary | None = None
+    """Of a model that knows few words; the log names the others."""
 
 
 def choose_profile(settings: Settings, cuda: bool) -> tuple[str, str]:
@@ -38,14 +41,15 @@ def model_profiles(profile: str, settings: Settings) -> tuple[ModelProfile, ...]
     All models of a profile must have blocks of the same widths: go_fast's working copy is shared by them.
     """
     tiny_dev, tiny_schnell = str(TINY / "tiny-dev"), str(TINY / "tiny-schnell")
+    vocabulary = read_vocabulary(TINY / "vocabulary.json")
     rows = {
         "full": (
             ModelProfile("dev", settings.dev, settings.dev, 512),
             ModelProfile("schnell", settings.schnell, settings.dev, 256),
         ),
         "tiny": (
-            ModelProfile("dev", tiny_dev, tiny_dev, 32),
-            ModelProfile("schnell", tiny_schnell, tiny_dev, 32),
+            ModelProfile("dev", tiny_dev, tiny_dev, 32, vocabulary),
+            ModelProfile("schnell", tiny_schnell, tiny_dev, 32, vocabulary),
         ),
     }
     return rows[profile]

@@ -65,7 +65,7 @@ def test_no_line_holds_a_prompt_a_token_or_a_signed_address(
     if answer != 200:
         lora_storage.first.append(Reply(answer))
     given = predict_arguments(
-        **{**QUICK, "prompt": "canary-prompt"},
+        **{**QUICK, "prompt": "a canary7prompt"},
         replicate_weights=f"{address}?X-Amz-Signature=canary-signature",
         hf_api_token=cog.Secret("hf_canary-token"),
         civitai_api_token=cog.Secret("canary-token"),

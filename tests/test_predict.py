@@ -71,9 +71,10 @@ def test_a_prediction_that_fails_half_way_leaves_no_files(
 
 def test_the_seed_is_in_the_log_and_the_prompt_is_not(predictor: Predictor, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    predict(predictor, seed=4242, prompt="a hidden phrase", hf_api_token=cog.Secret("hf_canary"))
+    predict(predictor, seed=4242, prompt="the phrase is hidden, pin 4242x", hf_api_token=cog.Secret("hf_canary"))
     assert "Using seed: 4242" in caplog.text
-    assert "hidden" not in caplog.text
+    assert "phrase is hidden" not in caplog.text
+    assert "4242x" not in caplog.text
     assert "canary" not in caplog.text
 
 
