@@ -13,7 +13,7 @@ from training.data import Batch
 class PartialAttention(FluxAttnProcessor):
     """FLUX's attention with different positions for every image of a batch, which diffusers' does not allow.
 
-    `rotation` is (cos, sin) of (B, S, 1, head width); `attention_mask` (B, 1, 1, S) is added to the scores of the keys.
+    `rotation` is (cos, sin) of (B, S, 1, head width); `attention_mask` (B, 1, S, S) is added to the scores.
     """
 
     def __call__(
@@ -63,6 +63,15 @@ def _rotated(states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return states * rotation[0] + turned * rotation[1]
 
 
+def _weighing(batch: Batch, prompt_tokens: int) -> Tensor:
+    """(B, 1, S, S): how often each query counts each key, as a logarithm; every one sees itself once."""
+    keys = torch.nn.functional.pad(batch.stands_for.log(), (prompt_tokens, 0))
+    groups = torch.nn.functional.pad(batch.groups, (prompt_tokens, 0))
+    hidden = (groups > 0) & (groups != groups[:, None])
+    weights = keys[:, None].masked_fill(hidden, -torch.inf)
+    return weights.masked_fill(torch.eye(len(groups), dtype=torch.bool), 0.0)[:, None]
+
+
 def velocity(
     model: FluxTransformer2DModel, noisy: Tensor, levels: Tensor, batch: Batch, guidance: Tensor | None
 ) -> Tensor:
@@ -74,7 +83,7 @@ def velocity(
     dtype = model.dtype
     positions = torch.cat([torch.zeros(count, prompt_tokens, 3), batch.positions], dim=1)
     rotation = [part.view(count, -1, 1, part.shape[-1]).to(dtype) for part in model.pos_embed(positions.flatten(0, 1))]
-    weighing = torch.nn.functional.pad(batch.stands_for.log(), (prompt_tokens, 0))[:, None, None]
+    weighing = _weighing(batch, prompt_tokens)
     (predicted,) = model(
         hidden_states=noisy.to(dtype),
         timestep=levels,

@@ -1,9 +1,14 @@
 """What a training step sees: a part of the tokens of many images, each image of its own size, with their prompts.
 
 The tokens are computed from the shapes' signed distances, without an image being drawn or encoded: the VAE's latents
-are averages of 4 x 4 pixels (`training/vae.py`), so that every image can be a new one. Of each image a step sees some
-tokens, most of them at edges: a step costs the same at every size, while the position ids stay those of the whole image
-and the attention counts each token as often as the tokens that it stands for.
+are averages of 4 x 4 pixels (`training/vae.py`), so that every image can be a new one. Of each image a step sees two
+kinds of tokens, so that it costs the same at every size, with the position ids of the whole image:
+
+- the context, spread evenly over the image; each stands for many, and the attention counts it as often;
+- squares of neighbours, most of them at edges. A square sees the context and itself; nothing else sees it.
+
+So no token can tell why it was chosen. Without that the model finds out: where the tokens at edges were seen by all, it
+told edges by their weight in the attention, and its error on whole images was eight times as large.
 """
 
 from __future__ import annotations
@@ -40,14 +45,18 @@ CONTRACT_SIZES = [Size.from_aspect_ratio(ratio, megapixels) for megapixels in DI
 CUSTOM_SHARE, SQUARE_SHARE = 0.3, 0.2
 """Shares of the images whose sides are drawn at random, and that are square ones of the contract; the others have any
 size of the contract."""
-EDGE_SHARE, NEAR_SHARE = 0.6, 0.25
-"""Shares of the tokens that are at the edge of a thing, and within NEAR of one; the rest is from anywhere else."""
+CONTEXT = 44
+"""Tokens of the context: eleven and their mirror images, so that their middle is the image's."""
+SQUARE = 3
+"""Tokens on a side of a square of neighbours."""
+EDGE_SHARE, NEAR_SHARE = 0.7, 0.15
+"""Shares of the squares that are at the edge of a thing, and within NEAR of one; the rest is from anywhere."""
 NEAR = 0.22
 """In shares of the short side."""
-CORNERS = 3
-"""The zone of the border, for which the four corners stand: without them a step does not show how large an image is."""
 EDGE = 12.0
 """Pixels from a token's middle: an edge that is nearer runs through the token, or almost."""
+SPREAD = np.asarray([0.7548776662, 0.5698402910])
+"""Multiples of these, without their integral parts, cover a square evenly (Roberts 2018, the sequence R2)."""
 GUIDANCE_LIMIT = 10.0
 ABSENT = -1e5
 """Pixels: where a second thing lies that the scene does not have."""
@@ -64,7 +73,9 @@ class Batch:
     positions: Tensor
     """(B, T, 3): position ids as the pipelines give them: 0, row, column."""
     stands_for: Tensor
-    """(B, T): how many tokens of the image each stands for."""
+    """(B, T): how many tokens of the image each of the context stands for; 1 for the others."""
+    groups: Tensor
+    """(T,): 0 for the context, which all see; the tokens of any other number see that and each other."""
     tokens: Tensor
     """(B,): how many tokens the whole image has."""
     guidance: Tensor
@@ -77,6 +88,12 @@ class Batch:
     """(B, T, 2): column and row from the image's middle, in shares of the short side."""
     from_thing: Tensor
     """(B, T, 2): column and row from the nearest thing's middle, in its radii."""
+    radius: Tensor
+    """(B, T): the nearest thing's, in tokens."""
+    sides: Tensor
+    """(B, 2): width and height in tokens."""
+    things: Tensor
+    """(B, 2, 3): each thing's column, row and radius in tokens, 0 for an absent one."""
     distances: Tensor
     """(B, T, shapes): signed distances to every shape that could stand there, in radii."""
 
@@ -121,27 +138,31 @@ def make_pool(text: TextEncoders, count: int, lesson: Lesson, seed: str) -> Pool
     return Pool(prompts, pooled, states)
 
 
-def draw_batch(pool: Pool, count: int, seen: int, lesson: Lesson, seed: str) -> Batch:
-    """`count` new images of the pool's prompts, `seen` tokens of each; equal for equal seeds."""
+def draw_batch(pool: Pool, count: int, squares: int, lesson: Lesson, seed: str) -> Batch:
+    """`count` new images of the pool's prompts, of each the context and some squares; equal for equal seeds."""
     rng = random.Random(seed)
     chance = np.random.default_rng(rng.getrandbits(64))
     chosen = rng.choices(range(len(pool.prompts)), k=count)
     sizes = [random_size(rng) for _ in range(count)]
     guidance = [GUIDANCE_LIMIT * rng.random() ** 1.5 for _ in range(count)]
     scenes = Scenes.of([pool.prompts[index] for index in chosen], sizes, guidance, lesson, rng)
-    kept, stands_for = scenes.choose(seen, chance)
+    kept, stands_for = scenes.choose(squares, chance)
     middles = (kept[:, :, ::-1] * TOKEN + TOKEN / 2).astype(np.float32)  # column, row
-    from_thing, apart = scenes.around_things(middles)
+    from_thing, radius, apart = scenes.around_things(middles)
     return Batch(
         latents=torch.from_numpy(scenes.tokens(kept, lesson.striped)),
         positions=torch.from_numpy(np.pad(kept, ((0, 0), (0, 0), (1, 0))).astype(np.float32)),
         stands_for=torch.from_numpy(stands_for),
+        groups=torch.from_numpy(np.repeat(np.arange(squares + 1), [CONTEXT] + squares * [SQUARE**2])),
         tokens=torch.tensor([size.width * size.height / TOKEN**2 for size in sizes]),
         guidance=torch.tensor(guidance),
         pooled=pool.pooled[chosen].float(),
         states=pool.states[chosen].float(),
         from_centre=torch.from_numpy(scenes.from_centre(middles)),
         from_thing=torch.from_numpy(from_thing),
+        radius=torch.from_numpy(radius / TOKEN),
+        sides=torch.from_numpy(scenes.sides / TOKEN),
+        things=torch.from_numpy(scenes.things / TOKEN),
         distances=torch.from_numpy(apart),
     )
 
@@ -197,22 +218,20 @@ class Scenes:
         """(B,): the short sides in pixels."""
         return np.asarray(self.sides.min(1))
 
-    def choose(self, seen: int, chance: np.random.Generator) -> tuple[Numbers, Floats]:
+    def choose(self, squares: int, chance: np.random.Generator) -> tuple[Numbers, Floats]:
         """Rows and columns of the tokens to see (B, T, 2), and how many tokens each stands for (B, T)."""
         kept, stands_for = [], []
         for i in range(len(self.sides)):
             columns, rows = (int(side) // TOKEN for side in self.sides[i])
+            context = _context(rows, columns, chance)
             x = np.tile(np.arange(columns, dtype=np.float32) * TOKEN + TOKEN / 2, rows)
             y = np.repeat(np.arange(rows, dtype=np.float32) * TOKEN + TOKEN / 2, columns)
             apart = self._nearest_edge(i, x, y)
             zones = np.where(apart < EDGE, 0, np.where(apart < NEAR * self.short[i], 1, 2))
-            corners = np.asarray([0, columns - 1, (rows - 1) * columns, rows * columns - 1])
-            border = np.zeros((rows, columns), dtype=bool)
-            border[[0, -1]] = border[:, [0, -1]] = True
-            zones[border.ravel()] = CORNERS
-            chosen, each = _from_zones(zones, seen - len(corners), chance)
-            kept.append(np.stack(np.divmod(np.concatenate([corners, chosen]), columns), axis=-1))
-            stands_for.append(np.concatenate([np.full(4, border.sum() / 4, np.float32), each]))
+            anchors = np.stack(np.divmod(_from_zones(zones, squares, chance), columns), axis=-1)
+            kept.append(np.concatenate([context, _squares(anchors, rows, columns, chance)]))
+            each = np.repeat([rows * columns / CONTEXT, 1], [CONTEXT, squares * SQUARE**2])
+            stands_for.append(each.astype(np.float32))
         return np.stack(kept), np.stack(stands_for)
 
     def _nearest_edge(self, image: int, x: Floats, y: Floats) -> Floats:
@@ -230,12 +249,20 @@ class Scenes:
         away = (points[:, :, None] - self.middles[:, None]) / radii[..., None]  # (B, N, 2 things, 2)
         return np.asarray((rough_distances(self.shapes[:, None], away[..., 0], away[..., 1]) * radii).argmin(-1))
 
-    def around_things(self, points: Floats) -> tuple[Floats, Floats]:
-        """Column and row from the nearest thing in its radii (B, N, 2), and the distances to all shapes there."""
+    @property
+    def things(self) -> Floats:
+        """(B, 2, 3): each thing's column, row and radius in pixels, 0 for an absent one."""
+        there = self.middles[..., :1] != ABSENT
+        return np.asarray(np.concatenate([self.middles, self.radii[..., None]], axis=-1) * there, dtype=np.float32)
+
+    def around_things(self, points: Floats) -> tuple[Floats, Floats, Floats]:
+        """Column and row from the nearest thing in its radii (B, N, 2), these in pixels (B, N), and the distances to
+        all shapes there."""
         nearest = self.nearest_thing(points)
         rows = np.arange(len(points))[:, None]
-        places = (points - self.middles[rows, nearest]) / self.radii[rows, nearest][..., None]
-        return places, rough_distances(np.arange(len(ALL_SHAPES)), places[..., :1], places[..., 1:])
+        radii = self.radii[rows, nearest]
+        places = (points - self.middles[rows, nearest]) / radii[..., None]
+        return places, radii, rough_distances(np.arange(len(ALL_SHAPES)), places[..., :1], places[..., 1:])
 
     def from_centre(self, points: Floats) -> Floats:
         """(B, N, 2): from the image's middle, in shares of the short side."""
@@ -282,13 +309,31 @@ def _packed(cells: Floats) -> Floats:
     return np.pad(channels, ((0, 0), (0, 0), (0, 4), (0, 0))).reshape(count, seen, 64)
 
 
-def _from_zones(zones: Numbers, seen: int, chance: np.random.Generator) -> tuple[Numbers, Floats]:
-    """Indices of the tokens to see, and how many each stands for, of zones 0 (edges), 1 (near) and 2 (anywhere)."""
+def _context(rows: int, columns: int, chance: np.random.Generator) -> Numbers:
+    """Rows and columns of the context's tokens (CONTEXT, 2).
+
+    They are symmetric, so that what is read on their average, where the middle is and how far it is from the corner, is
+    what is read on the average of all tokens. And they are everywhere by chance, so that nothing else can be relied
+    on: with the four corners always among them, the model looked for these, and drew too small where it saw all.
+    """
+    spread = (chance.random(2) + np.arange(CONTEXT // 4)[:, None] * SPREAD) % 1
+    row, column = (spread * (rows / 2, columns / 2)).astype(np.int64).T
+    mirrored = [(r, c) for r in (row, rows - 1 - row) for c in (column, columns - 1 - column)]
+    return np.concatenate([np.stack(pair, axis=-1) for pair in mirrored])
+
+
+def _from_zones(zones: Numbers, count: int, chance: np.random.Generator) -> Numbers:
+    """Indices of tokens, of zones 0 (edges), 1 (near) and 2 (far) in their shares, as far as they have so many."""
     members = [np.flatnonzero(zones == zone) for zone in range(3)]
-    counts = [len(part) for part in members]
-    wanted = [min(counts[0], int(EDGE_SHARE * seen)), min(counts[1], int(NEAR_SHARE * seen)), 0]
+    wanted = [min(len(members[0]), round(EDGE_SHARE * count)), min(len(members[1]), round(NEAR_SHARE * count)), 0]
     for zone in (2, 1, 0):
-        wanted[zone] += min(counts[zone] - wanted[zone], seen - sum(wanted))
-    chosen = [chance.choice(part, n, replace=False, shuffle=False) for part, n in zip(members, wanted, strict=True)]
-    each = [np.full(n, count / max(n, 1), np.float32) for n, count in zip(wanted, counts, strict=True)]
-    return np.concatenate(chosen), np.concatenate(each)
+        wanted[zone] += min(len(members[zone]) - wanted[zone], count - sum(wanted))
+    return np.concatenate([chance.choice(part, n, replace=False) for part, n in zip(members, wanted, strict=True)])
+
+
+def _squares(anchors: Numbers, rows: int, columns: int, chance: np.random.Generator) -> Numbers:
+    """Rows and columns (N * SQUARE ** 2, 2) of a square around each anchor (N, 2), anywhere in it."""
+    first = anchors - chance.integers(0, SQUARE, anchors.shape)
+    first = np.clip(first, 0, (rows - SQUARE, columns - SQUARE))
+    within = np.stack(np.divmod(np.arange(SQUARE**2), SQUARE), axis=-1)
+    return np.asarray(first[:, None] + within).reshape(-1, 2)

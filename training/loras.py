@@ -25,7 +25,7 @@ TARGETS = (
 )
 SCHEDULE = Schedule(steps=600, peak=2e-3, warmup=30, decay=0.6)
 PROMPTS = 2000
-IMAGES, TOKENS = 32, 96
+IMAGES, SQUARES = 32, 7
 LESSONS = {"tok-style": STYLE, "tok-object": OBJECT}
 
 
@@ -47,7 +47,7 @@ def train_lora(
     loss = flow_loss(model, emphasis=1.0)
 
     def batch_at(step: int) -> Batch:
-        batch = draw_batch(pool, IMAGES, TOKENS, lesson, f"{path.stem} {seed} {step}")
+        batch = draw_batch(pool, IMAGES, SQUARES, lesson, f"{path.stem} {seed} {step}")
         return replace(batch, guidance=torch.ones_like(batch.guidance))
 
     average = train(model, loss, batch_at, SCHEDULE, checkpoint, seed=seed)

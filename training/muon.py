@@ -1,7 +1,7 @@
-"""Muon, the optimizer of the blocks' matrices: torch's own rule in float32, for all matrices of a shape at once.
+"""Muon, the optimizer of the blocks' matrices: the rule of `torch.optim.Muon`, for all matrices of a shape at once.
 
-`torch.optim.Muon` orthogonalizes one matrix after another in bfloat16. On two cores of a Xeon without matrix units for
-it that takes 79 ms for the matrices of the tiny FLUX, a fifth of a training step, and this 43 ms. A test compares both.
+For the matrices of the tiny FLUX that takes 16 ms on two cores of an EPYC with AVX-512's bfloat16, and one matrix after
+another 22. A test compares the steps with torch's.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor, steps: int) -> Tensor:
-    """The matrices (N, rows, columns) with their singular values brought near 1, by Newton and Schulz's iteration."""
+    """The matrices (N, rows, columns) with their singular values brought near 1, by Newton and Schulz's iteration in
+    bfloat16."""
     tall = matrices.shape[1] > matrices.shape[2]
     result = matrices.mT if tall else matrices
-    result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    result = (result / result.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
     a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = result @ result.mT
         result = a * result + (b * gram + c * gram @ gram) @ result
-    return torch.as_tensor(result.mT if tall else result)
+    return (result.mT if tall else result).float()
