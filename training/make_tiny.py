@@ -41,7 +41,7 @@ PROMPTS = 60_000
 IMAGES, SQUARES = 16, 7
 """Of a step: how many images, and how many squares of neighbours of each. Many steps are worth more than large ones."""
 EMPHASIS = 1.8
-DEV_SCHEDULE = Schedule(steps=60_000, peak=1.2e-3, warmup=200, decay=0.4, muon=True)
+DEV_SCHEDULE = Schedule(steps=50_000, peak=1.2e-3, warmup=200, decay=0.4, muon=True)
 SCHNELL_SCHEDULE = Schedule(steps=1000, peak=5e-4, warmup=20, decay=0.8)
 
 
