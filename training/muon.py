@@ -56,4 +56,4 @@ def orthogonalized(matrices: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         gram = result @ result.mT
         result = a * result + (b * gram + c * gram @ gram) @ result
-    return (result.mT if tall else result).float()
+    return torch.as_tensor(result.mT if tall else result).float()
