@@ -52,12 +52,13 @@ class PositionTask(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean squared error of all heads for the batch that the model has just seen."""
+        targets = {target: target(batch) for target in {reading[2] for reading in READINGS}}
         errors = []
         for head, (index, stream, target, _) in zip(self.heads, READINGS, strict=True):
             states = self._seen[index][stream].float()
             states = nn.functional.layer_norm(states, states.shape[-1:])
             read = head(states if stream == IMAGE else states.mean(1))
-            errors.append((read - target(batch)).square().mean())
+            errors.append((read - targets[target]).square().mean())
         return torch.stack(errors).mean()
 
 

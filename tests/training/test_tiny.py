@@ -34,7 +34,7 @@ def drawn(scene: Scene, size: tuple[int, int] = (256, 256), seed: int = 0, strip
 
 @pytest.mark.parametrize("size", [(256, 256), (512, 512), (672, 384), (320, 768)])
 def test_the_judge_finds_everything_right_in_drawn_scenes(size: tuple[int, int]) -> None:
-    for index, scene in enumerate(held_out_scenes(16, 1, paired=0.4)):
+    for index, scene in enumerate(held_out_scenes(30, 1, paired=0.4)):
         assert judge(drawn(scene, size, index), scene).right, plain_prompt(scene)
 
 
