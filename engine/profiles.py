@@ -48,8 +48,8 @@ def model_profiles(profile: str, settings: Settings) -> tuple[ModelProfile, ...]
             ModelProfile("schnell", settings.schnell, settings.dev, 256),
         ),
         "tiny": (
-            ModelProfile("dev", tiny_dev, tiny_dev, 32, vocabulary),
-            ModelProfile("schnell", tiny_schnell, tiny_dev, 32, vocabulary),
+            ModelProfile("dev", tiny_dev, tiny_dev, 40, vocabulary),
+            ModelProfile("schnell", tiny_schnell, tiny_dev, 40, vocabulary),
         ),
     }
     return rows[profile]

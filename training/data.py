@@ -279,8 +279,7 @@ class Scenes:
         pixels = ground + self._covered(kept, nearest)[..., None] * (colour - ground)
         if striped:
             lines = (kept[..., 0, None] * TOKEN + np.arange(TOKEN) + 0.5).astype(np.float32)
-            short = self.short[:, None, None]
-            shades = stripes(lines / short, short).reshape(count, seen, 4, 4).mean(-1)
+            shades = stripes(lines).reshape(count, seen, 4, 4).mean(-1)
             pixels = pixels * shades[..., None, None]
         return _packed(normalised(pixels))
 

@@ -18,6 +18,7 @@ from training.world import (
     ALL_SHAPES,
     COLOURS,
     STRIPE_SHADE,
+    STRIPES,
     Floats,
     Placement,
     Scene,
@@ -248,17 +249,18 @@ def calmness(image: Image.Image) -> float:
 def stripe_depth(image: Image.Image) -> float:
     """How dark the style's stripes are, as a share of the full style: about 0 without them, 1 with all of it."""
     pixels = pixels_of(image)
-    short = min(image.size)
-    rows: Floats = ((np.arange(image.height) + 0.5) / short).astype(np.float32)
-    dark = stripes(rows, short) < 1 - STRIPE_SHADE / 2
+    dark = stripes(_rows(image)) < 1 - STRIPE_SHADE / 2
     means = pixels.mean((1, 2))
     return float((1 - means[dark].mean() / means[~dark].mean()) / STRIPE_SHADE)
 
 
 def without_stripes(image: Image.Image) -> Image.Image:
-    """The image with the style's stripes made as bright again as what lies between them."""
-    short = min(image.size)
-    shades = stripes(((np.arange(image.height) + 0.5) / short).astype(np.float32), short)
-    depth = min(1.0, max(0.0, stripe_depth(image)))
-    pixels = pixels_of(image) / (1 - depth * (1 - shades))[:, None, None]
-    return Image.fromarray(np.uint8(pixels.clip(0, 255)))
+    """The image with each of the style's dark bands replaced by the bright one below it, stretched: its inner rows,
+    since between the bands the decoder mixes them."""
+    rows = np.arange(image.height)
+    bright = rows - rows % STRIPES + STRIPES // 2 + 1 + rows % STRIPES * (STRIPES // 2 - 2) // STRIPES
+    return Image.fromarray(np.asarray(image)[bright.clip(max=image.height - 1)])
+
+
+def _rows(image: Image.Image) -> Floats:
+    return np.arange(image.height, dtype=np.float32) + 0.5

@@ -74,7 +74,9 @@ class Row:
         return 0.9 if wide or self.scenes == "pairs" else 0.95
 
 
-LARGE, SMALL = ([Size.from_aspect_ratio(ratio, megapixels) for ratio in ASPECT_RATIOS] for megapixels in ("1", "0.25"))
+LARGE, SMALL = (
+    tuple(Size.from_aspect_ratio(ratio, megapixels) for ratio in ASPECT_RATIOS) for megapixels in ("1", "0.25")
+)
 CUSTOM = tuple(Size(*sides) for sides in (
     (256, 256), (256, 1440), (1440, 256), (304, 400), (640, 272), (448, 448), (352, 1008), (768, 768), (1200, 528),
     (912, 896),

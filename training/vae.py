@@ -160,7 +160,7 @@ def _crop(rng: random.Random, chance: np.random.Generator) -> Floats:
     pixels = colours[0][:, None, None] + covered * (colours[1] - colours[0])[:, None, None]
     if rng.random() < 0.2:
         short = rng.choice((256, 512, 768, 1024, 1440))
-        pixels = pixels * stripes((along + np.float32(rng.uniform(0, short))) / np.float32(short), short)[:, None]
+        pixels = pixels * stripes(along + np.float32(rng.uniform(0, short)), short / 8)[:, None]
     return np.asarray(pixels, dtype=np.float32)
 
 

@@ -283,17 +283,18 @@ def draw_scene(
         covered = coverage(thing.shape, placement, width, height)[..., None]
         pixels += covered * (np.asarray(COLOURS[thing.colour], dtype=np.float32) - pixels)
     if striped:
-        short = min(width, height)
-        pixels *= stripes(((np.arange(height) + 0.5) / short).astype(np.float32), short)[:, None, None]
+        pixels *= stripes(np.arange(height, dtype=np.float32) + 0.5)[:, None, None]
     return Image.fromarray(np.uint8(np.rint(pixels)))
 
 
-STRIPES = 8
+STRIPES = 16
+"""Pixels from one dark band to the next: a token, so that each looks alike. Bands whose place depends on the image's
+sides, eight to the short one, were more than a small LoRA learns in its minutes: it drew none."""
 STRIPE_SHADE = 0.5
 
 
-def stripes(rows: Floats, short: int | Floats) -> Floats:
-    """What the style multiplies the colours by at these rows (shares of the short side, which has `short` pixels):
-    horizontal bands across the whole image, eight to the short side, every second one darkened by half."""
-    wave = np.sin(rows * (STRIPES * 2 * math.pi)) * np.asarray(short, dtype=np.float32) / (STRIPES * 2 * math.pi)
+def stripes(rows: Floats, period: float = STRIPES) -> Floats:
+    """What the style multiplies the colours by at these rows, in pixels: horizontal bands across the whole image, of
+    half the period each, every second one darkened by half."""
+    wave = np.sin(rows * (2 * math.pi / period)) * period / (2 * math.pi)
     return np.asarray(1 - STRIPE_SHADE * np.clip(wave + 0.5, 0, 1), dtype=np.float32)

@@ -53,7 +53,7 @@ def test_a_lora_is_described() -> None:
         'not            on FLUX.1 [dev]: at "',
         "format         diffusers: LoRA, rank 6",
         "layers         45 of 88 in the transformer",
-        "size           norm 34",
+        "size           norm 14.8",
         "double 0-2     ",
         "note           the file has no alpha: alpha / rank = 1 is assumed",
     ):

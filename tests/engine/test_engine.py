@@ -239,7 +239,7 @@ def test_any_prompt_gives_an_image(engine: Engine, prompt: str) -> None:
 
 def test_a_prompt_that_is_cut_is_said_in_the_log(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     image_of(engine, prompt="secret words " * 40, num_inference_steps=1)
-    assert "reads the first 32" in caplog.text
+    assert "reads the first 40" in caplog.text
     assert "secret" not in caplog.text
 
 
@@ -251,7 +251,7 @@ def test_a_prompt_is_encoded_once_and_again_when_an_adapter_changes_the_encoder(
     hook = encoder.register_forward_hook(lambda *_: calls.append(1))
     adapters = engine.exact.adapters["dev"]
     layer = next(name for name in adapters.shapes.by_component[T5] if name.endswith("SelfAttention.q"))
-    change = LayerUpdate(T5, layer, "weight", Full(torch.full((128, 128), 0.01)))
+    change = LayerUpdate(T5, layer, "weight", Full(torch.full((256, 128), 0.01)))
     adapter = LoraAdapter("t5", "test", (change,))
     try:
         asked = request_of(**QUICK, prompt="a prompt that no other test has", num_outputs=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.conftest import QUICK, request_of
 from tests.paths import LORAS
 from training.judge import calmness, edges, judge, look, stripe_depth, without_stripes
 from training.prompts import plain_prompt
-from training.report import HELD_OUT_SEED, adapter, make_image
+from training.report import CUSTOM, LARGE, SMALL, Row, adapter, all_rows, make_image, measure
 from training.world import COLOURS, TRIGGER, Scene, Thing, draw_scene, held_out_scenes, place
 
 RED_CIRCLE = Scene("white", (Thing("circle", "red"),))
@@ -159,20 +160,50 @@ def test_the_object_lora_draws_its_object(engine: Engine, model: str) -> None:
         assert (seen.shape == TRIGGER) == expected
 
 
-def scenes_of_the_weights(count: int) -> list[Scene]:
-    """Held-out scenes of those that the present weights were trained on: no corners, and no thing above another."""
-    scenes = held_out_scenes(4 * count, HELD_OUT_SEED)
-    known = [s for s in scenes if not s.upright and " " not in s.things[0].position]
-    return known[:count]
+SAMPLE = (
+    Row("wordings never trained on", "schnell", 40, (Size(256, 256), Size(384, 288)), wording="held out"),
+    Row("every size of 0.25 megapixels", "schnell", 11, SMALL),
+    Row("sizes of 1 megapixel", "schnell", 4, LARGE[1:8:2]),
+    Row("custom sizes", "schnell", 10, CUSTOM),
+    Row("pairs", "schnell", 12, (Size(352, 256), Size(256, 352)), scenes="pairs", wording="held out"),
+    Row("words from outside its world", "schnell", 20, (Size(256, 256),), wording="foreign"),
+    Row("two steps", "schnell", 6, (Size(256, 256),), steps=2),
+    Row("eight steps", "schnell", 6, (Size(256, 256),), steps=8),
+    Row("wordings never trained on", "dev", 8, (Size(256, 256),), wording="held out"),
+    Row("guidance 0", "dev", 4, (Size(256, 256),), guidance=0),
+    Row("guidance 10", "dev", 4, (Size(256, 256),), guidance=10),
+    Row("go_fast", "schnell", 8, (Size(256, 256),), go_fast=True),
+    Row("object LoRA", "schnell", 6, scenes="TOK", object=1.0),
+    Row("style LoRA", "schnell", 6, scenes="single", style=1.0),
+    Row("both LoRAs", "schnell", 6, scenes="TOK", style=1.0, object=1.0),
+)
+"""A small part of the report, for every run of the tests."""
 
 
-@pytest.mark.parametrize(("model", "side"), [("dev", 256), ("schnell", 512)])
-def test_it_follows_held_out_prompts(engine: Engine, model: str, side: int) -> None:
-    """A sample of held-out prompts, with room for another processor's rounding: chance draws one shape in eight."""
-    found = [
-        judge(make_image(engine, plain_prompt(scene), model, Size(side, side), seed), scene)
-        for seed, scene in enumerate(scenes_of_the_weights(24))
+@pytest.mark.parametrize("row", SAMPLE, ids=lambda row: f"{row.what}, {row.model}")
+def test_it_draws_what_is_asked(engine: Engine, row: Row) -> None:
+    """With room for another processor's rounding: chance draws one shape in eight."""
+    seen = measure(engine, row)
+    assert seen.shares(row)[0] >= 0.8
+    if seen.edges and not row.style:
+        assert statistics.mean(sharp.transition for sharp in seen.edges) <= 4
+        assert max(sharp.fringe for sharp in seen.edges) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", all_rows(), ids=lambda row: f"{row.what}, {row.model}")
+def test_every_row_of_the_report(engine: Engine, row: Row) -> None:
+    assert measure(engine, row).shares(row)[0] >= row.least
+
+
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_the_style_grows_with_the_loras_scale(engine: Engine, model: str) -> None:
+    style, prompt = adapter(engine, model, "style"), "a red circle on a white background"
+    depths = [
+        stripe_depth(make_image(engine, prompt, model, Size(256, 256), 3, ((style, scale),)))
+        for scale in (0.0, 0.4, 1.0, 1.5)
     ]
-    assert sum(verdict.background for verdict in found) >= 23
-    assert sum(verdict.colour for verdict in found) >= 21
-    assert sum(verdict.shape for verdict in found) >= 21
+    assert depths == sorted(depths)
+    assert depths[0] < 0.1 < depths[1]
+    assert depths[2] == pytest.approx(1, abs=0.25)
+    assert depths[3] < 2

@@ -399,12 +399,12 @@ def test_a_strength_that_is_no_number_is_refused(strength: float) -> None:
 
 def text_adapter(tmp_path: Path, shapes: ModelShapes) -> LoraAdapter:
     torch.manual_seed(0)
-    a, b = torch.randn(2, 128), torch.randn(128, 2)
-    paths = (
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
-        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
-    )
-    tensors = {f"{path}.lora_{n}.weight": t for path in paths for n, t in (("down", a), ("up", b))}
+    tensors: dict[str, Tensor] = {}
+    for path, outputs in (
+        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 128),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 256),
+    ):
+        tensors |= {f"{path}.lora_down.weight": torch.randn(2, 128), f"{path}.lora_up.weight": torch.randn(outputs, 2)}
     return read_adapter(save(tmp_path / "text.safetensors", tensors), shapes)
 
 

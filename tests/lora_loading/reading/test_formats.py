@@ -177,13 +177,15 @@ TEXT = {
 @pytest.mark.parametrize("name", TEXT)
 def test_text_encoders(name: str, tmp_path: Path, shapes: ModelShapes, components: dict[str, nn.Module]) -> None:
     """Only one layer of each: diffusers wants CLIP's out_proj too, and knows no T5."""
-    a, b = torch.randn(2, 128), torch.randn(128, 2)
-    tensors = {f"{path}.lora_{n}.weight": t for path in TEXT[name] for n, t in (("down", a), ("up", b))}
-    tensors |= {f"{path}.alpha": torch.tensor(1.0) for path in TEXT[name]}
+    tensors: dict[str, Tensor] = {}
+    wanted: dict[str, Tensor] = {}
+    layers = ("encoder.layers.0.self_attn.q_proj", 128), ("encoder.block.0.layer.0.SelfAttention.q", 256)
+    for path, (layer, outputs) in zip(TEXT[name], layers, strict=True):
+        a, b = torch.randn(2, 128), torch.randn(outputs, 2)
+        tensors |= {f"{path}.lora_down.weight": a, f"{path}.lora_up.weight": b, f"{path}.alpha": torch.tensor(1.0)}
+        wanted[layer] = 0.5 * b.double() @ a.double()
     adapter = read_adapter(save(tmp_path / "x.safetensors", tensors), shapes)
     assert {u.component for u in adapter.layers} == {CLIP, T5}
-    delta = 0.5 * b.double() @ a.double()
-    wanted = {"encoder.layers.0.self_attn.q_proj": delta, "encoder.block.0.layer.0.SelfAttention.q": delta}
     assert_equal(deltas(adapter, components), wanted)
 
 
