@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("predict")
 LEAST_OUTPUT_BYTES = 64 * 2**20
+REMOVALS = 5
+"""How often the removal of a folder is tried into which a thread may still write."""
 ADAPTER_CACHE_BYTES = 4 * 10**9
 """Limit of parsed LoRAs kept in host memory: about twenty of the usual size."""
 
@@ -363,8 +365,11 @@ class OutputFolder:
             raise DiskError(f"The disk of {folder} has {free_bytes >> 20} MiB left for images. Make room there.")
 
     def clear(self) -> None:
-        """Remove the current folder with its files."""
-        if self._current is not None:
+        """Remove the current folder with its files. After a cancellation a thread may still write its image there: what
+        it adds while the folder is emptied is removed in the next round, and without the folder it ends with an error."""
+        for _ in range(REMOVALS):
+            if self._current is None or not self._current.exists():
+                break
             shutil.rmtree(self._current, ignore_errors=True)
         self._current = None
 

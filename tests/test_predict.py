@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -131,3 +132,22 @@ def test_a_cancellation_right_after_the_folder_is_made_leaves_no_folder(tmp_path
     with pytest.raises(Cancelled), temporary_folder("flux-input-"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_goes_also_while_a_thread_writes_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancellation can reach the prediction while it waits for the thread that encodes: an image comes at the worst
+    moment, after the folder was emptied and before it is removed."""
+
+    def rmdir(path: Any, **given: Any) -> None:
+        if late:
+            late.pop().write_bytes(b"image")
+        removed(path, **given)
+
+    removed = os.rmdir
+    outputs = OutputFolder()
+    folder = outputs.fresh()
+    late = [folder / "late.png"]
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    outputs.clear()
+    assert late == []
+    assert not folder.exists()
