@@ -293,8 +293,8 @@ sides, eight to the short one, were more than a small LoRA learns in its minutes
 STRIPE_SHADE = 0.5
 
 
-def stripes(rows: Floats, period: float = STRIPES) -> Floats:
-    """What the style multiplies the colours by at these rows, in pixels: horizontal bands across the whole image, of
-    half the period each, every second one darkened by half."""
-    wave = np.sin(rows * (2 * math.pi / period)) * period / (2 * math.pi)
+def stripes(rows: Floats) -> Floats:
+    """What the style multiplies the colours by at these rows, in pixels: horizontal bands across the whole image, every
+    second one darkened by half."""
+    wave = np.sin(rows * (2 * math.pi / STRIPES)) * STRIPES / (2 * math.pi)
     return np.asarray(1 - STRIPE_SHADE * np.clip(wave + 0.5, 0, 1), dtype=np.float32)
