@@ -21,6 +21,7 @@ from tests.paths import LORAS
 from training.judge import calmness, edges, judge, look, stripe_depth, without_stripes
 from training.prompts import plain_prompt
 from training.report import CUSTOM, LARGE, SMALL, Row, adapter, all_rows, make_image, measure
+from training.text import PROMPT_TOKENS
 from training.world import COLOURS, TRIGGER, Scene, Thing, draw_scene, held_out_scenes, place
 
 RED_CIRCLE = Scene("white", (Thing("circle", "red"),))
@@ -129,6 +130,10 @@ def test_stripes_have_a_depth_and_can_be_taken_away() -> None:
 
 def test_the_checkpoints_are_small() -> None:
     assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 16 * 2**20
+
+
+def test_the_profile_reads_as_much_of_a_prompt_as_the_models_were_trained_on() -> None:
+    assert {profile.max_prompt_tokens for profile in model_profiles("tiny", Settings())} == {PROMPT_TOKENS}
 
 
 def test_the_checkpoints_hold_no_path_of_the_machine_that_made_them() -> None:

@@ -13,7 +13,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from request import Size
-from training.attention import PartialAttention, _attended, _weighing, velocity
+from training.attention import PartialAttention, attended, velocity, weighing
 from training.checkpoints import Resumable
 from training.data import (
     CONTEXT,
@@ -100,11 +100,11 @@ def test_the_context_counts_as_often_as_it_stands_for() -> None:
     weighed = replace(batch, stands_for=torch.tensor([3.0] * 8 + [1.0]).expand(2, 9))
     chance = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 1, 9 + PROMPT_TOKENS, 8, generator=chance) for _ in range(3))
-    part = _attended(query, key, value, _weighing(weighed, PROMPT_TOKENS))[:, :, -1]
+    part = attended(query, key, value, weighing(weighed, PROMPT_TOKENS))[:, :, -1]
     repeated = torch.tensor([*range(PROMPT_TOKENS), *([PROMPT_TOKENS + i for i in range(8)] * 3), PROMPT_TOKENS + 8])
-    whole = _attended(query, key[:, :, repeated], value[:, :, repeated], None)[:, :, -1]
+    whole = attended(query, key[:, :, repeated], value[:, :, repeated], None)[:, :, -1]
     assert torch.allclose(part, whole, atol=1e-6)
-    assert not torch.allclose(_attended(query, key, value, _weighing(batch, PROMPT_TOKENS))[:, :, -1], whole, atol=1e-3)
+    assert not torch.allclose(attended(query, key, value, weighing(batch, PROMPT_TOKENS))[:, :, -1], whole, atol=1e-3)
 
 
 @torch.no_grad()
