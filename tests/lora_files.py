@@ -10,6 +10,7 @@ the rows of B. Where a format has no alpha, the scale is in B. Key lists are tho
     LyCORIS         lycoris/modules: locon, loha, lokr, full, norms
     DiffSynth       diffsynth/utils/state_dict_converters/flux_dit.py: FluxDiTStateDictConverter
     SimpleTuner     simpletuner/helpers/training/lora_format.py
+    mflux           mflux/dreambooth/lora_layers/lora_layers.py: LoRALayers.save
     diffusers, PEFT written by the libraries themselves where they can (see test_formats)
 """
 
@@ -190,6 +191,24 @@ def onetrainer_split(changes: list[Change]) -> Tensors:
             tensors[f"{name}.lora_down.weight"] = change.a
             tensors[f"{name}.lora_up.weight"] = b if len(parts) > 1 else change.b
             tensors[f"{name}.alpha"] = torch.tensor(change.alpha)
+    return tensors
+
+
+MFLUX = {
+    "ff.net.0.proj": "ff.linear1", "ff.net.2": "ff.linear2",
+    "ff_context.net.0.proj": "ff_context.linear1", "ff_context.net.2": "ff_context.linear2",
+}  # fmt: skip
+
+
+def mflux(changes: list[Change]) -> Tensors:
+    """transformer.transformer_blocks.0.ff.linear1.lora_A; diffusers' names but for an MLP's, the scale in B."""
+    tensors = {}
+    for change in changes:
+        for name, b in change.pieces:
+            block, _, layer = name.partition(".ff")
+            name = f"{block}.{MFLUX[f'ff{layer}']}" if layer else name
+            tensors[f"transformer.{name}.lora_A"] = change.a
+            tensors[f"transformer.{name}.lora_B"] = b * change.scale
     return tensors
 
 

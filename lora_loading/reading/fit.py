@@ -31,7 +31,7 @@ class Change:
     """ "weight" or "bias"."""
     parts: frozenset[str]
     rank: int = 0
-    """By which alpha is divided; 0 if this kind or this layer has no alpha."""
+    """By which alpha is divided; 0 if this kind has no alpha, or its tensors no rank."""
     magnitude: bool = False
     """Whether it is a DoRA."""
 
@@ -105,7 +105,8 @@ def _lokr(layer: _Layer) -> Change | None:
     if product != wanted:
         found = f"its Kronecker product is {sizes(product)}, and the layer of this model {sizes(wanted)}"
         _refuse(layer, found)
-    # LyCORIS: the rank is that of the factored side; two whole matrices have no scale, and their alpha means nothing
+    # The rank is that of the factored side. Two whole matrices have none: LyCORIS does not scale them, so the alpha
+    # that it writes means nothing, and PEFT divides alpha by the rank in its settings
     return _with_magnitude(layer, "LoKr", {*used, "alpha"}, w1[2] or w2[2])
 
 
@@ -167,6 +168,7 @@ def _row_rotation(layer: _Layer) -> Change | None:
     rescale = layer.shapes.get("rescale")
     if rescale is not None and rescale not in ((rows,), (rows, 1)):
         _refuse(layer, f"its rescale is {sizes(rescale)}, and the layer of this model has {rows} rows")
+    _expect_one(layer, "alpha")
     kind = "BOFT" if len(blocks) == 4 else "OFT"
     return Change(kind, "weight", frozenset({"oft_blocks", "rescale", "alpha"}))
 
@@ -183,11 +185,15 @@ def _split_row_rotation(layer: _Layer) -> Change | None:
         _refuse(layer, f"its parts {_listed(layer.shapes)} are for {len(parts)} layers, and it has {len(rows)}")
     for part, own in zip(parts, rows, strict=True):
         _expect_blocks(layer, (1, *layer.shapes[part]), own, False)
+    _expect_one(layer, "alpha")
     return Change("OFT", "weight", frozenset({*parts, "alpha"}))
 
 
 def _column_rotation(layer: _Layer) -> Change | None:
-    """PEFT's OFT: the upper triangles of the blocks, (blocks, size * (size - 1) / 2); one block if they are shared."""
+    """PEFT's OFT: the upper triangles of the blocks, (blocks, size * (size - 1) / 2); one block if they are shared.
+
+    OneTrainer writes the same, with a marker where it is scaled.
+    """
     triangles = layer.shapes.get("oft_R")
     if triangles is None:
         return None
@@ -196,7 +202,8 @@ def _column_rotation(layer: _Layer) -> Change | None:
     size = block_size(triangles[1])
     if size * (size - 1) // 2 != triangles[1] or columns % size or triangles[0] not in (1, columns // size):
         _refuse(layer, f"oft_R is {sizes(triangles)}, and the layer of this model has {columns} columns")
-    return Change("OFT", "weight", frozenset({"oft_R"}))
+    _expect_one(layer, "scaled_oft")
+    return Change("OFT", "weight", frozenset({"oft_R", "scaled_oft"}))
 
 
 def _column_butterfly(layer: _Layer) -> Change | None:
@@ -237,7 +244,7 @@ def block_size(triangle: int) -> int:
 def _with_magnitude(layer: _Layer, kind: str, parts: set[str], rank: int = 0) -> Change:
     """The change of a weight; a DoRA if the layer has a magnitude, (out,), (out, 1) or (1, in)."""
     if rank:
-        _expect_one_alpha(layer)
+        _expect_one(layer, "alpha")
     magnitude = layer.shapes.get("magnitude")
     if magnitude is None:
         return Change(kind, "weight", frozenset(parts), rank)
@@ -288,10 +295,11 @@ def _checked_rank(layer: _Layer, rank: int) -> int:
     return rank
 
 
-def _expect_one_alpha(layer: _Layer) -> None:
-    shape: Shape = layer.shapes.get("alpha", ())
+def _expect_one(layer: _Layer, part: str) -> None:
+    """Refuse a part that is there and is not a single number."""
+    shape: Shape = layer.shapes.get(part, ())
     if any(size != 1 for size in shape):
-        _refuse(layer, f"its alpha is {sizes(shape)} numbers instead of one")
+        _refuse(layer, f"its {part} is {sizes(shape)} numbers instead of one")
 
 
 def _refuse(layer: _Layer, found: str) -> NoReturn:

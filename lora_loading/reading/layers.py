@@ -39,9 +39,14 @@ class FileLayer:
     settings: PeftSettings
 
     def alpha_over_rank(self, rank: int) -> float | None:
-        """The scale: from the tensor alpha, else from PEFT's settings, None if neither says anything."""
+        """The scale: from the tensor alpha, else from PEFT's settings, None if neither says anything.
+
+        A LoKr of two whole matrices has rank 0: there LyCORIS' alpha, the tensor, means nothing, and PEFT's still does.
+        """
         alpha = self.parts.get("alpha")
-        return self.settings.scale(self.names, rank) if alpha is None else float(alpha.double().reshape(())) / rank
+        if alpha is None:
+            return self.settings.scale(self.names, rank)
+        return float(alpha.double().reshape(())) / rank if rank else 1.0
 
 
 def layer_updates(layer: FileLayer, change: Change) -> list[LayerUpdate]:
@@ -110,7 +115,7 @@ def _lokr(layer: FileLayer, change: Change) -> Update:
         tuple(layer.parts[part] for end in ("", "_a", "_b") if (part := f"lokr_{side}{end}") in layer.parts)
         for side in ("w1", "w2")
     )
-    return LoKr(w1, w2, _scale(layer, change.rank) if change.rank else 1.0)
+    return LoKr(w1, w2, _scale(layer, change.rank))
 
 
 def _difference(layer: FileLayer, change: Change) -> Update:
@@ -166,7 +171,7 @@ def _row_rotation(layer: FileLayer, blocks: Tensor) -> Update:
 def _constraint(layer: FileLayer, rows: int) -> float:
     """The greatest norm of the blocks: in OFT, alpha is that limit for each row."""
     alpha = layer.parts.get("alpha")
-    value = 0.0 if alpha is None else float(alpha.double().reshape(-1)[0])
+    value = 0.0 if alpha is None else float(alpha.double().reshape(()))
     _expect_finite(layer, value)
     return value * rows
 
@@ -179,8 +184,11 @@ def _sources(target: Target) -> tuple[tuple[str, Rows], ...]:
 
 
 def _column_rotation(layer: FileLayer) -> Update:
+    """PEFT's OFT, and OneTrainer's Scaled OFT: a marker beside it divides Q by 2 sqrt(size - 1)."""
     triangles = layer.parts["oft_R"].float()
     size = block_size(triangles.shape[1])
+    if "scaled_oft" in layer.parts and layer.parts["scaled_oft"].any():
+        triangles = triangles / (2 * math.sqrt(size - 1))
     blocks = triangles.new_zeros(triangles.shape[0], size, size)
     upper = torch.triu_indices(size, size, 1)
     blocks[:, upper[0], upper[1]] = triangles

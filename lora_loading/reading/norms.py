@@ -87,11 +87,9 @@ class Measured:
         return read_array(self._path, self._header, layer.keys[part])
 
     def scale(self, layer: SortedLayer, rank: int) -> float:
-        """alpha / rank, 1 if nothing says otherwise."""
-        if not rank:
-            return 1.0
+        """alpha / rank, 1 if nothing says otherwise; rank 0 is a LoKr of two whole matrices (see `FileLayer`)."""
         if "alpha" in layer.keys:
-            return float(self.part(layer, "alpha").reshape(-1)[0]) / rank
+            return float(self.part(layer, "alpha").reshape(-1)[0]) / rank if rank else 1.0
         scale = self._settings[layer.target.component].scale(layer_names(layer), rank)
         return 1.0 if scale is None else scale
 
@@ -171,7 +169,8 @@ def _difference(file: Measured, layer: SortedLayer, rank: int, rows: Rows) -> fl
 
 def _bias(file: Measured, layer: SortedLayer, rank: int, rows: Rows) -> float:
     part = "diff_b" if "diff_b" in layer.keys else "bias"
-    return float(np.linalg.norm(_rows(file.part(layer, part), rows))) * abs(file.scale(layer, rank))
+    norm = float(np.linalg.norm(_rows(file.part(layer, part), rows)))
+    return norm * abs(file.scale(layer, rank)) if rank else norm
 
 
 def _root(square: float) -> float:

@@ -10,13 +10,15 @@ from lora_loading.shapes import COMPONENTS
 
 Settings = Mapping[str, PeftSettings]
 """By component."""
+SCALED = ("LoRA", "LoHa", "LoKr")
+"""The kinds of change that are multiplied by alpha / rank."""
 
 
 def settings_of(metadata: Mapping[str, str], beside: PeftSettings | None = None) -> Settings:
     """The settings in a file's metadata; where it has none, those of the file beside it.
 
     Raises:
-        LoraFormatError: a pattern of alphas cannot be read.
+        LoraFormatError: see `peft_config`.
     """
     own = {component: peft_settings(metadata, component) for component in COMPONENTS}
     return {name: settings if settings.given or beside is None else beside for name, settings in own.items()}
@@ -33,7 +35,7 @@ def notes_on_scales(file: SortedFile, settings: Settings) -> list[str]:
         "alpha" in layer.keys or settings[layer.target.component].scale(layer_names(layer), change.rank) is not None
         for layer in file.layers
         for change in layer.changes
-        if change.rank and change.kind != "bias"
+        if change.kind in SCALED
     ]
     open_scales, notes = scaled.count(False), []
     if open_scales:

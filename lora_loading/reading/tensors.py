@@ -44,10 +44,10 @@ ALIGNMENT = 64
 
 
 def load_tensors(path: Path, header: Header, names: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of these names, on the CPU, in float32, float16 or bfloat16; integers where an alpha is one.
+    """The tensors of these names, on the CPU, in float32, float16 or bfloat16; alphas and markers in any real type.
 
     Raises:
-        LoraFormatError: a tensor is of another type, or a number other than an alpha is not finite.
+        LoraFormatError: a tensor is of another type, or a number other than an alpha or a marker is not finite.
     """
     for name in names:
         _check_type(name, header.tensors[name].dtype)
@@ -89,14 +89,15 @@ def _read(path: Path, offset: int, padding: int) -> Tensor:
     return buffer
 
 
-def _is_alpha(name: str) -> bool:
-    return name.endswith("alpha")
+def _is_one_number(name: str) -> bool:
+    """Whether the tensor is an alpha, or the marker of a scaled OFT."""
+    return name.endswith(("alpha", ".scaled_oft"))
 
 
 def _check_type(name: str, dtype: str) -> None:
     kept = DTYPES.get(dtype)
     used = kept is not None and CONVERTED.get(kept, kept) in USED
-    if not used and not (_is_alpha(name) and kept is not None and not kept.is_complex):
+    if not used and not (_is_one_number(name) and kept is not None and not kept.is_complex):
         found = str(kept or dtype).removeprefix("torch.")
         raise LoraFormatError(f'"{name[:120]}" is of type {found}. Save it in bf16 or float32.')
 
@@ -122,9 +123,9 @@ def _is_finite_stretch(buffer: Tensor, start: int, stop: int, kind: str) -> bool
 
 
 def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse numbers that are not finite; alphas are checked where they are used."""
+    """Refuse numbers that are not finite; alphas are checked where they are used, and markers are no numbers."""
     for name, tensor in tensors.items():
-        if tensor.numel() and not _is_alpha(name) and not _is_finite(tensor):
+        if tensor.numel() and not _is_one_number(name) and not _is_finite(tensor):
             raise LoraFormatError(
                 f'"{name[:120]}" holds numbers that are not finite. Train it again, or use another checkpoint of it.'
             )

@@ -44,8 +44,8 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFERRED_FILES = ("pytorch_lora_weights.safetensors", "lora.safetensors", PEFT_FILE)
 """What a folder is read from where no file is named: the names of diffusers, Replicate's trainer and PEFT."""
 CONFIG_KEYS = (
-    *("alpha", "alpha_pattern", "lora_alpha", "use_rslora", "use_cayley_neumann"),
-    *("num_cayley_neumann_terms", "peft_type"),
+    *("alpha", "alpha_pattern", "init_lora_weights", "lora_alpha", "num_cayley_neumann_terms", "peft_type"),
+    *("r", "rank_pattern", "use_cayley_neumann", "use_rslora"),
 )
 """What decides how PEFT's file acts; the rest of its configuration is left out."""
 MAX_CONFIG = 2**18

@@ -11,6 +11,7 @@ A key is a path, a dot, and one spelling of a part:
     oft_blocks*    ....oft_blocks (LyCORIS)  .oft_blocks.0 (kohya, one for each part)  OFT; BOFT with four dimensions
     rescale        ....rescale                                                         LyCORIS' OFT and BOFT
     oft_R          ....oft_R.weight  .oft_R.default.weight                             PEFT's OFT
+    scaled_oft     ....oft_R.scaled_oft                                                OneTrainer: that OFT is scaled
     boft_R, boft_s ....boft_R  .boft_s                                                 PEFT's BOFT
     diff           ....diff  .w_norm                                                   a difference of a weight
     diff_b         ....diff_b  .b_norm                                                 a difference of a bias
@@ -44,6 +45,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("diff_b", r"diff_b|b_norm"),
     *((part, rf"{part}{_NAME}") for part in _NAMED),
     ("oft_R", rf"oft_R{_NAME}\.weight"),
+    ("scaled_oft", rf"oft_R{_NAME}\.scaled_oft"),
     ("oft_blocks", r"oft_blocks"),
     *((f"oft_blocks.{index}", rf"oft_blocks\.{index}") for index in range(MAX_SPLITS)),
     ("rescale", r"rescale"),

@@ -125,10 +125,11 @@ def test_pefts_configuration_comes_with_its_file(world: World, text: str) -> Non
     folder = "sub/" if "sub" in text else ""
     repository = publish(world, f"{folder}adapter_model.safetensors", private=True, readers=frozenset({HUB_TOKEN}))
     world.hub.tokens.add(HUB_TOKEN)
-    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "base_model_name_or_path": "someone/flux"}
+    decisive = {"init_lora_weights": True, "lora_alpha": 32, "peft_type": "LORA", "r": 16, "rank_pattern": {"to_q": 4}}
+    config = decisive | {"base_model_name_or_path": "someone/flux", "inference_mode": True}
     repository.files[f"{folder}adapter_config.json"] = json.dumps(config).encode()
     source = world.resolve(text, TOKENS)
-    assert source.facts == (("adapter_config.json", '{"lora_alpha": 32, "peft_type": "LORA"}'),)
+    assert source.facts == (("adapter_config.json", json.dumps(decisive)),)
 
 
 def test_a_file_of_pefts_without_its_configuration_is_found_alone(world: World) -> None:

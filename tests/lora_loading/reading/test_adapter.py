@@ -184,6 +184,7 @@ def test_a_models_missing_guidance_embedder_is_named_and_left_out(tmp_path: Path
         ({"ss_tag_frequency": '{"5_a": {"x": 5, "y": 2}, "2_b": {"x": 1, "z": 6}}'}, ("x", "z")),
         ({"ss_tag_frequency": "{"}, ()),
         ({"ss_tag_frequency": '{"a": 1, "b": {"x": "many"}}'}, ("x",)),
+        ({"ss_tag_frequency": f'{{"a": {{"x": 1, "y": {10**400}}}}}'}, ("x",)),
     ],
 )
 def test_trigger_words(metadata: dict[str, str], words: tuple[str, ...]) -> None:
@@ -206,6 +207,13 @@ def test_scales_of_pefts_settings() -> None:
     assert settings.scale(("proj_out",), 4) == 2.0
     assert peft_settings(metadata, "text_encoder").scale(("x",), 4) == 4.0
     assert peft_settings({}, TRANSFORMER).scale(("x",), 4) is None
+
+
+@pytest.mark.parametrize("number", ["1" + 400 * "0", "1e400", "NaN", "true", '"8"', "null"])
+def test_a_setting_that_is_no_finite_number_counts_as_absent(number: str, tmp_path: Path, shapes: ModelShapes) -> None:
+    path = save(tmp_path / "x.safetensors", good())
+    adapter = read_adapter(path, shapes, config=f'{{"lora_alpha": {number}, "alpha_pattern": {{"to_q": {number}}}}}')
+    assert adapter.notes == ("the file has no alpha: alpha / rank = 1 is assumed",)
 
 
 def test_the_cache_reads_a_file_again_only_when_it_was_forgotten(tmp_path: Path, shapes: ModelShapes) -> None:

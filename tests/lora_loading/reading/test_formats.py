@@ -107,6 +107,7 @@ EVERYTHING: dict[str, Write] = {
     "DiffSynth, with its pipeline's prefix": files.diffsynth("pipe.dit.", ""),
     "SimpleTuner, .lora_alpha": files.peft_with_alpha(alpha="lora_alpha"),
     "diffusers names below unet": files.peft_named("unet."),
+    "mflux": files.mflux,
 }
 
 

@@ -179,6 +179,38 @@ def test_peft_writes_it_and_merges_it_alike(name: str, tmp_path: Path, shapes: M
             torch.testing.assert_close(found[layer], new - old[layer], rtol=1e-5, atol=1e-6)
 
 
+MARKERS = {
+    "as trained": torch.tensor(True),
+    "saved in bf16": torch.tensor(1.0, dtype=torch.bfloat16),
+    "of one element": torch.ones(1),
+    "that says no": torch.tensor(False),
+    "not there": None,
+}
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+@pytest.mark.parametrize("size", [2, 8])
+def test_onetrainers_scaled_oft(
+    marker: str, size: int, tmp_path: Path, model: FluxTransformer2DModel, shapes: ModelShapes
+) -> None:
+    """OneTrainer, oft_utils.py: PEFT's rotation of weights that are divided by 2 sqrt(size - 1)."""
+    torch.manual_seed(7)
+    value = MARKERS[marker]
+    divisor = 1.0 if value is None or not value.any() else 2 * (size - 1) ** 0.5
+    config = OFTConfig(oft_block_size=size, target_modules=[NAME])
+    adapted = inject_adapter_in_model(config, narrow_transformer()).double()
+    triangles = torch.randn(32 // size, size * (size - 1) // 2) * 0.2
+    layer = adapted.get_submodule(NAME)
+    layer.oft_R["default"].weight.data = triangles.double() / divisor
+    layer.merge()
+    path = f"lora_transformer_{NAME.replace('.', '_')}"
+    tensors = {f"{path}.oft_R.weight": triangles} | ({} if value is None else {f"{path}.oft_R.scaled_oft": value})
+    adapter = saved(tmp_path, tensors, shapes)
+    assert adapter.format == "OneTrainer: OFT"
+    wanted = layer.get_base_layer().weight.detach() - weights(model)[NAME]
+    torch.testing.assert_close(deltas(adapter, model)[NAME], wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_pefts_butterfly_in_several_stages(stages: int) -> None:
     """PEFT builds several stages with a CUDA extension alone; its permutations and transform run anywhere."""
@@ -208,6 +240,22 @@ def test_rotations_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(LoraFormatError, match=r"whole LoRA for FLUX\.1"):
         saved(tmp_path, {f"transformer.{NAME}.{part}": torch.ones(size)}, shapes)
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "number"),
+    [
+        ("oft_blocks", (8, 4, 4), "alpha"), ("oft_blocks", (2, 8, 4, 4), "alpha"), ("oft_blocks.0", (8, 4, 4), "alpha"),
+        ("oft_R.weight", (8, 6), "oft_R.scaled_oft"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_rotation_has_one_alpha_or_marker(
+    part: str, size: tuple[int, ...], number: str, count: int, tmp_path: Path, shapes: ModelShapes
+) -> None:
+    tensors = {f"transformer.{NAME}.{part}": torch.ones(size), f"transformer.{NAME}.{number}": torch.ones(count)}
+    with pytest.raises(LoraFormatError, match=rf"{number.rpartition('.')[2]} is {count} numbers instead of one"):
+        saved(tmp_path, tensors, shapes)
 
 
 def test_a_rotation_and_a_lora_add_up(tmp_path: Path, shapes: ModelShapes) -> None:
