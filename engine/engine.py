@@ -24,7 +24,7 @@ from engine.device_thread import DeviceThread
 from engine.image_to_latents import EncodedImage, encode_image
 from engine.lean_transformer import REQUEST, LeanTransformer, RequestState
 from engine.loading import Model
-from engine.memory_plan import EXACT, LAYOUTS, Layout, Placement
+from engine.memory_plan import EXACT, LAYOUTS, Layout, Placement, new_weights_bytes
 from engine.offload import moved_to_device
 from engine.out_of_memory import retry_on_oom
 from engine.precision import Precision
@@ -33,7 +33,7 @@ from images import composite
 from logs import Event, log_stage
 from lora_loading.applying.manager import AdapterManager
 from lora_loading.reading.adapter import Stack
-from lora_loading.shapes import CLIP, T5, ModelShapes
+from lora_loading.shapes import CLIP, T5, TRANSFORMER, ModelShapes
 from request import GenerationRequest, Mode
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Engine:
         device: torch.device,
         layout: Layout = EVERYTHING_ON_THE_DEVICE,
         thread: DeviceThread | None = None,
+        spare_bytes: int | None = None,
     ) -> None:
         """Keep the models; nothing is moved or computed.
 
@@ -62,12 +63,15 @@ class Engine:
             device: where the models run.
             layout: device placement and served precisions; a request for an unserved precision runs in the served one.
             thread: where models run; None for a new one.
+            spare_bytes: what the weights that a stack makes anew may take in the original precision: see
+                `Plan.spare_bytes`; None for no limit. A stack that needs more runs in fp8.
         """
         self._thread = thread or DeviceThread()
         self.exact = exact
         self.fast = fast
         self._device = device
         self._layout = layout
+        self._spare_bytes = spare_bytes
         self._prompts: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
@@ -114,10 +118,12 @@ class Engine:
         if request.image is not None and denoising_steps(request) == 0:
             yield from (request.image.copy() for _ in range(request.num_outputs))
             return
-        precision = self._precision(request)
+        precision = self._precision(request, [*base, *stack])
         model = precision.models[request.model]
         pipeline = model.pipelines[request.mode]
         gain = precision.lora_gain if request.go_fast else 1.0
+        if stack and gain != 1:
+            logger.info("go_fast multiplies the scales of LoRAs by %g", gain)
         stack = [*base, *((adapter, scale * gain) for adapter, scale in stack)]
         prompt = retry_on_oom(lambda: self._prepared(precision, model, stack, request), request.size)
         given = retry_on_oom(lambda: encode_image(pipeline, request, self._device), request.size)
@@ -132,12 +138,22 @@ class Engine:
                     image = composite(request.image, image, request.mask)
                 yield image
 
-    def _precision(self, request: GenerationRequest) -> Precision:
+    def _precision(self, request: GenerationRequest, stack: Stack) -> Precision:
         if request.go_fast and self.fast is None:
             logger.warning("go_fast: fp8 does not work on this device, so the original precision is used")
         if not request.go_fast and self.fast is not None and EXACT not in self._layout.precisions:
             logger.warning("the original precision does not fit into this device's memory, so fp8 is used")
             return self.fast
+        if not request.go_fast and self.fast is not None and self._spare_bytes is not None:
+            needed = new_weights_bytes(stack, self.shapes(request.model))
+            if needed > self._spare_bytes:
+                logger.warning(
+                    "beside the original weights these LoRAs take %.1f GB, since they are not low-rank, and %.1f GB "
+                    "are left, so fp8 is used",
+                    needed / 1e9,
+                    self._spare_bytes / 1e9,
+                )
+                return self.fast
         return self.fast if request.go_fast and self.fast is not None else self.exact
 
     def _prepared(
@@ -146,6 +162,7 @@ class Engine:
         """Apply the adapters, then encode the prompt with them; returns what `_encoded` returns."""
         if precision is self.exact and self.fast is not None and self._layout.working_copy is Placement.ON_DEMAND:
             self.fast.release()
+        self._clear_others(precision, request.model)
         adapters = precision.adapters[request.model]
         _apply(adapters, stack)
         if model.profile.vocabulary and (remark := model.profile.vocabulary.remark(request.prompt)):
@@ -155,6 +172,15 @@ class Engine:
         seconds = time.monotonic() - started
         log_stage(logger, Event("encode_prompt", seconds), f"prompt encoded in {seconds:.2f} s")
         return encoded
+
+    def _clear_others(self, precision: Precision, model: str) -> None:
+        """Take the adapters off the transformers in the original precision that are not to run.
+
+        The memory plan has room for one transformer's; what is not low-rank takes as much as the weights themselves.
+        """
+        for name, adapters in self.exact.adapters.items():
+            if precision is not self.exact or name != model:
+                adapters.components[TRANSFORMER].apply([])
 
     def _on_device(self, precision: Precision, transformer: nn.Module) -> AbstractContextManager[None]:
         """Within, the transformer is on the device; the working copy's transformers always are."""

@@ -5,6 +5,11 @@ encoders 9.8 GB and the VAE 0.2 GB; decoding an image of 1440x1440 takes 4.2 GB 
 them, best first, and the first one that fits is the plan. A layout needs memory for what stays on the device, and for
 the larger of two phases with the parts that each phase moves in: encoding a prompt, and generating an image.
 
+LoRAs in the original precision are counted as low-rank factors beside the weights of the one transformer that runs. A
+change of another kind (DoRA, LoKr, LoHa, OFT, a full difference) makes a new weight, up to 24 GB for all layers. Where
+the pristine weights stay on the device these have to fit into what the plan leaves, `Plan.spare_bytes`; a stack whose
+`new_weights_bytes` are more runs in fp8. Where one transformer at a time is moved in, they come in its weights' place.
+
 Where fp8 saves memory but not time (weight-only, below compute capability 8.9) the layouts are the same: `go_fast`
 still runs in fp8 with LoRAs merged, and a small card serves fp8 only. Where fp8 does not work, the working copy has
 size 0 and `fast` is not served.
@@ -15,6 +20,7 @@ Knows no device: memory is a number, models are modules without weights. Moves n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -31,13 +37,16 @@ from engine.precision import RESERVED_RANK
 from engine.profiles import ModelProfile
 from engine.working_copy import BLOCKS
 from errors import SettingsError
+from lora_loading.applying.manager import changes_by_layer
+from lora_loading.reading.adapter import Stack
+from lora_loading.shapes import TRANSFORMER, ModelShapes
 from request import MAX_SIDE, MULTIPLE, Size
 
 BF16_BYTES = 2
 SCALE_BYTES = 4
 LARGEST = Size(MAX_SIDE, MAX_SIDE)
 RESERVE_BYTES = 1_500_000_000
-"""CUDA's context (0.5 GB), the libraries' workspaces (0.3 GB), and fragmentation."""
+"""CUDA's context (0.5 GB), the libraries' workspaces (0.3 GB), DoRA's gains (0.3 GB at most), and fragmentation."""
 EXACT, FAST = "exact", "fast"
 
 
@@ -108,8 +117,15 @@ class Plan:
     """Why no better layout was chosen."""
 
     @property
+    def spare_bytes(self) -> int | None:
+        """How much the new weights of a stack may take on the device beside the pristine ones; None for no limit."""
+        if self.device_bytes is None or self.layout.pristine is not Placement.DEVICE:
+            return None
+        return self.device_bytes - self.needed_bytes
+
+    @property
     def host_bytes(self) -> int:
-        """The host memory that the layout needs."""
+        """The host memory that the layout needs, without the new weights of LoRAs that are not low-rank."""
         parts = movable_parts(self.layout, self.sizes)
         return sum(size for _, placement, size in parts if placement is not Placement.DEVICE)
 
@@ -122,6 +138,8 @@ class Plan:
             f"LoRAs {_gigabytes(sizes.adapters)}, activations {_gigabytes(sizes.activations)}",
             f"reserve {_gigabytes(RESERVE_BYTES)}",
         ]
+        if self.spare_bytes is not None:
+            parts.append(f"{_gigabytes(self.spare_bytes)} are left for LoRAs that are not low-rank")
         return (
             f"{layout.name} ({self.reason}): at most {_gigabytes(self.needed_bytes)} {limit}, "
             f"{_gigabytes(self.host_bytes)} of host memory; serves {' and '.join(self.precisions)}; {'; '.join(parts)}"
@@ -166,7 +184,7 @@ def movable_parts(layout: Layout, sizes: Sizes) -> list[tuple[str, Placement, in
 
 
 def needed_bytes(layout: Layout, sizes: Sizes) -> int:
-    """The most that a layout has on the device at any time."""
+    """The most that a layout has on the device at any time, with LoRAs that are low-rank."""
     staying = sum(size for _, placement, size in movable_parts(layout, sizes) if placement is Placement.DEVICE)
     staying += sizes.vae + sizes.checker + RESERVE_BYTES
     exact = max(sizes.pristine) if layout.pristine is Placement.ON_DEMAND else 0
@@ -174,6 +192,20 @@ def needed_bytes(layout: Layout, sizes: Sizes) -> int:
     beside = sizes.adapters if EXACT in layout.precisions else 0
     encoding = sizes.text_encoders if layout.text_encoders is Placement.ON_DEMAND else 0
     return staying + max(encoding, max(exact + beside, fast) + sizes.activations)
+
+
+def new_weights_bytes(stack: Stack, shapes: ModelShapes) -> int:
+    """The memory of the weights that a stack makes anew in a transformer in its original precision, in bf16.
+
+    These are the weights of all layers that it changes by more than low-rank factors.
+
+    Args:
+        stack: adapters that were read for `shapes`.
+        shapes: the model's.
+    """
+    layers = shapes.by_component[TRANSFORMER]
+    changes = changes_by_layer([(adapter, scale) for adapter, scale in stack if scale], TRANSFORMER)
+    return sum(BF16_BYTES * math.prod(layers[name].weight) for name, change in changes.items() if change.weight)
 
 
 # Sizes

@@ -28,7 +28,7 @@ from engine.device_thread import DeviceThread
 from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
 from engine.fp8 import Rewrite, Scheme, choose_rewrite, choose_scheme
 from engine.loading import Model, Shared, empty_transformer, load_models, model_over
-from engine.memory_plan import EXACT, Layout, Placement, plan_memory, profile_sizes
+from engine.memory_plan import EXACT, Layout, Placement, Plan, plan_memory, profile_sizes
 from engine.offload import pin
 from engine.out_of_memory import free_memory
 from engine.precision import RESERVED_RANK, Precision, exact_precision, fast_precision
@@ -68,13 +68,14 @@ def start_engine(
     scheme = thread.run(lambda: choose_scheme(device))
     rewrite = thread.run(lambda: choose_rewrite(device)) if scheme else None
     logger.info("go_fast: %s", scheme.name if scheme else "fp8 does not work on this device, so it runs exact")
-    layout = _layout(profiles, scheme, device)
+    plan = _plan(profiles, scheme, device)
+    layout = plan.layout
     compiling = should_compile(settings.compile, device)
     cache = CompileCache(_graphs_folder(settings), device)
 
     def build(models: Mapping[str, Model]) -> Engine:
         work = partial(assemble, models, scheme, device, layout, compiling=compiling, rewrite=rewrite, thread=thread)
-        return thread.run(lambda: work(lora_gain=settings.go_fast_lora_gain))
+        return thread.run(lambda: work(lora_gain=settings.go_fast_lora_gain, spare_bytes=plan.spare_bytes))
 
     def compile_ahead(shared: Shared) -> None:
         with timeline.part("compilation, while transformers are read"):
@@ -121,11 +122,12 @@ def assemble(
     lora_gain: float,
     rewrite: Rewrite | None = None,
     thread: DeviceThread | None = None,
+    spare_bytes: int | None = None,
 ) -> Engine:
     """Build the engine over loaded models; `scheme` is None where fp8 does not work.
 
-    For `rewrite` see `fp8.choose_rewrite`, for `thread` see `Engine`. With `compiling`, the transformers' blocks and
-    the VAE's decoder are compiled at their first call.
+    For `rewrite` see `fp8.choose_rewrite`, for `thread` and `spare_bytes` see `Engine`. With `compiling`, the
+    transformers' blocks and the VAE's decoder are compiled at their first call.
     """
     for vae in _vaes(models):
         if device.type == "cuda":
@@ -137,7 +139,7 @@ def assemble(
     for precision in filter(None, (exact, fast)) if compiling else ():
         for model in precision.models.values():
             compile_blocks(model.pipelines[Mode.TXT2IMG].transformer)
-    return Engine(exact, fast, device, layout, thread)
+    return Engine(exact, fast, device, layout, thread, spare_bytes)
 
 
 def _vaes(models: Mapping[str, Model]) -> list[Any]:
@@ -149,14 +151,14 @@ def _graphs_folder(settings: Settings) -> Path:
     return (settings.graphs_dir or settings.cache_dir / GRAPHS).expanduser()
 
 
-def _layout(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: torch.device) -> Layout:
+def _plan(profiles: tuple[ModelProfile, ...], scheme: Scheme | None, device: torch.device) -> Plan:
     cuda = device.type == "cuda"
     allocated = torch.cuda.memory_allocated(device) if cuda else 0
     sizes = profile_sizes(profiles, fp8=scheme is not None, checker_bytes=allocated)
     plan = plan_memory(sizes, torch.cuda.mem_get_info(device)[1] if cuda else None)
     if cuda:
         logger.info("memory: %s", plan)
-    return plan.layout
+    return plan
 
 
 def _loaded(

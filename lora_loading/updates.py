@@ -10,10 +10,11 @@ A file's fused layer is cut by `take_rows`: its rows go to several layers, or in
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -48,24 +49,47 @@ class BlendedUpdate(Update, Protocol):
 class Gains:
     """DoRA's gains, magnitude / |V|: they depend on the pristine weights, not on a scale, so another scale reuses them.
 
-    One for each set of pristine weights. A gain takes a number a row or column: 10 MB for a LoRA of 494 layers.
+    One for each set of pristine weights, on their device. A gain takes a number a row or column: 12 MB for a LoRA of
+    494 layers, so that those of five are kept.
+
+    Updates are held weakly: their tensors are views of their file's whole block, so that one of them would keep all of
+    it in memory. The gain of an update that is gone is dropped at the next call.
     """
 
-    def __init__(self, max_bytes: int = 2**28) -> None:
+    def __init__(self, max_bytes: int = 2**26) -> None:
         """Start empty; beyond `max_bytes` the gains that were used least recently are dropped."""
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._kept: OrderedDict[int, tuple[Dora, Tensor]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[ReferenceType[Dora], Tensor]] = OrderedDict()
+        """By the update's id."""
+        self._gone: deque[int] = deque()
+        """The ids of updates that are gone, noted in whichever thread that happens."""
+
+    @property
+    def bytes(self) -> int:
+        """The memory of all gains that are kept."""
+        return self._bytes
 
     def of(self, update: Dora, weight: Tensor, weight_of: WeightOf) -> Tensor:
         """The update's gain for this weight, on its device."""
-        kept = self._kept.pop(id(update), None)  # the update is held, so its id is its own
-        gain = update.gain(weight, weight_of) if kept is None else kept[1].to(weight.device)
-        self._bytes += gain.nbytes if kept is None else 0
-        self._kept[id(update)] = update, gain
+        while self._gone:
+            self._drop(self._gone.popleft())
+        key, gone = id(update), self._gone
+        kept = self._kept.get(key)
+        if kept is not None and kept[0]() is update:  # an id is given again once its object is gone
+            self._kept.move_to_end(key)
+            return kept[1].to(weight.device)
+        gain = update.gain(weight, weight_of)
+        self._drop(key)
+        self._kept[key] = ref(update, lambda _: gone.append(key)), gain
+        self._bytes += gain.nbytes
         while self._bytes > self._max_bytes:
-            self._bytes -= self._kept.popitem(last=False)[1][1].nbytes
+            self._drop(next(iter(self._kept)))
         return gain
+
+    def _drop(self, key: int) -> None:
+        dropped = self._kept.pop(key, None)
+        self._bytes -= 0 if dropped is None else dropped[1].nbytes
 
 
 def merged(

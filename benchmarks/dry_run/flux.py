@@ -20,7 +20,7 @@ from engine.engine import EVERYTHING_ON_THE_DEVICE, Engine
 from engine.fp8 import DYNAMIC
 from engine.lean_transformer import REQUEST, RequestState
 from engine.loading import Model, pipelines_over
-from engine.memory_plan import Layout, Placement, Sizes, sizes_of
+from engine.memory_plan import BF16_BYTES, Layout, Placement, Sizes, sizes_of
 from engine.precision import Precision
 from engine.profiles import TINY, ModelProfile
 from engine.requantise import requantise
@@ -28,7 +28,7 @@ from engine.start import assemble
 from lora_loading.reading.adapter import LoraAdapter
 from lora_loading.reading.layers import LayerUpdate
 from lora_loading.shapes import TRANSFORMER
-from lora_loading.updates import LowRank
+from lora_loading.updates import Dora, LowRank
 from request import Mode
 
 HOST = torch.device("cpu")
@@ -67,12 +67,19 @@ def _place(placement: Placement) -> torch.device:
     return DEVICE if placement is Placement.DEVICE else HOST
 
 
-def engine_of(layout: Layout = EVERYTHING_ON_THE_DEVICE, scale: Scale = FULL, *, compiling: bool = False) -> Engine:
+def engine_of(
+    layout: Layout = EVERYTHING_ON_THE_DEVICE,
+    scale: Scale = FULL,
+    *,
+    compiling: bool = False,
+    spare_bytes: int | None = None,
+) -> Engine:
     """The engine over both models, in both precisions; it runs in the calling thread, whose tensors are fake."""
     models = build_models(layout, scale)
     engine = assemble(
         models, DYNAMIC, DEVICE, layout,
         compiling=compiling, lora_gain=1.5, rewrite=requantise, thread=DeviceThread(adopt=True),
+        spare_bytes=spare_bytes,
     )  # fmt: skip
     for model in (*engine.exact.models.values(), *(engine.fast.models.values() if engine.fast else ())):
         for pipeline in model.pipelines.values():
@@ -104,6 +111,20 @@ def loras(engine: Engine, count: int, rank: int = RANK) -> list[tuple[LoraAdapte
     layers = engine.exact.adapters["dev"].shapes.by_component[TRANSFORMER].values()
     wanted = [(layer.name, layer.weight) for layer in layers if len(layer.weight) == 2 and "blocks" in layer.name]
     return [(_lora(f"lora {index}", wanted, rank), 1.0 - 0.3 * index) for index in range(count)]
+
+
+def dora(engine: Engine, most_bytes: float) -> list[tuple[LoraAdapter, float]]:
+    """A DoRA of as many linear layers of the blocks as have weights of at most so many bytes together."""
+    ((adapter, scale),) = loras(engine, 1)
+    changes, left = [], most_bytes
+    for layer in adapter.layers:
+        a, b = layer.update.tensors()
+        new_bytes = BF16_BYTES * len(b) * a.shape[1]
+        if new_bytes <= left:
+            left -= new_bytes
+            magnitude = torch.empty(len(b), 1, dtype=torch.bfloat16, device=HOST)
+            changes.append(replace(layer, update=Dora(layer.update, magnitude)))
+    return [(LoraAdapter("dora", "random", tuple(changes)), scale)]
 
 
 def _lora(digest: str, layers: Sequence[tuple[str, Sequence[int]]], rank: int) -> LoraAdapter:

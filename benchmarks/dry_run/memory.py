@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.dry_run.bounds import PLAN_ACCURACY
 from benchmarks.dry_run.counting import DeviceCounter
 from benchmarks.dry_run.device import Card, fake_device, fake_tensors
-from benchmarks.dry_run.flux import engine_of, flux_sizes, loras
+from benchmarks.dry_run.flux import dora, engine_of, flux_sizes, loras
 from benchmarks.plan import Case, request_of
 from benchmarks.scales import FULL, Scale
 from benchmarks.tables import Table, gigabytes
@@ -30,6 +32,10 @@ def memory_table(cards: tuple[Card, ...], scale: Scale = FULL) -> Table:
             abs(most - planned) <= PLAN_ACCURACY * planned,
             f"{card.name}: at most {gigabytes(most)} GB counted, {gigabytes(planned)} planned",
         )
+        for new_bytes in dict.fromkeys((plan.spare_bytes, None)):
+            most, there = _most_with_new_weights(card, plan, scale, new_bytes), card.memory_bytes - RESERVE_BYTES
+            what = "all layers" if new_bytes is None else f"{gigabytes(new_bytes)} GB"
+            table.require(most <= there, f"{card.name}, a DoRA of {what}: at most {gigabytes(most)} GB counted")
     table.notes.append(
         f"The largest images are {LARGEST.width}x{LARGEST.height}, uncompiled, in every served precision, with "
         f"two LoRAs of rank {RESERVED_RANK // 2} and none. The plan's reserve of {gigabytes(RESERVE_BYTES)} GB and the "
@@ -42,10 +48,30 @@ def _measured(card: Card, plan: Plan, scale: Scale) -> tuple[int, int]:
     """The bytes at rest, and the most."""
     counter = DeviceCounter()
     with fake_device(card), fake_tensors(counter.on_sync), counter.watching():
-        engine = engine_of(plan.layout, scale)
+        engine = engine_of(plan.layout, scale, spare_bytes=plan.spare_bytes)
         resting = counter.live_bytes
         _make_the_largest(engine, plan)
         return resting, counter.most_bytes
+
+
+def _most_with_new_weights(card: Card, plan: Plan, scale: Scale, new_bytes: int | None) -> int:
+    """The most bytes while both models take turns in every served precision with a DoRA, and without.
+
+    Args:
+        card: the device.
+        plan: its plan.
+        scale: the models' sizes.
+        new_bytes: which weights the DoRA makes anew at most; None for all linear layers of the blocks.
+    """
+    counter = DeviceCounter()
+    with fake_device(card), fake_tensors(counter.on_sync), counter.watching():
+        engine = engine_of(plan.layout, scale, spare_bytes=plan.spare_bytes)
+        stack = dora(engine, math.inf if new_bytes is None else new_bytes)
+        for precision in plan.precisions:
+            for model, loras_of_request in (("dev", stack), ("schnell", stack), ("dev", [])):
+                case = Case(model, precision, Mode.TXT2IMG, LARGEST, len(loras_of_request))
+                list(engine.generate(request_of(case, steps=1), loras_of_request))
+        return counter.most_bytes
 
 
 def _make_the_largest(engine: Engine, plan: Plan) -> None:

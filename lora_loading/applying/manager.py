@@ -6,8 +6,9 @@ The pristine weights are never written. In the module tree, an adapted layer is 
     any other change      a layer with a new weight, pristine + changes, computed in float32
 
 Without adapters the original modules are in place: bit-identical output, no overhead. Every `apply` fills all slots
-anew, whatever they held. While it runs, the state is unknown, so an exception or a cancellation leaves nothing that the
-next `apply` does not repair.
+anew, whatever they held. One that fails puts the original modules back, since the layers that it had made take memory
+which others need: after a lack of memory, all of it. While it runs, the state is unknown, so that a second exception or
+cancellation leaves nothing that the next `apply` does not repair.
 
 The graphs of compiled modules depend on which layers are adapted, and on their ranks. With `reserved_rank`, all linear
 layers are adapted, with that rank, as soon as one is: two graphs then serve all stacks, with and without adapters.
@@ -82,11 +83,24 @@ class ComponentAdapters:
 
     @torch.no_grad()
     def apply(self, stack: Stack) -> None:
-        """Make the module carry exactly this stack, each adapter once; nothing is done where it does already."""
+        """Make the module carry exactly this stack, each adapter once; nothing is done where it does already.
+
+        After an exception it carries no adapter.
+        """
         own, wanted = own_part(stack, self.name)
         if self._active_stack == wanted:
             return
         self._active_stack = None
+        try:
+            self._fill(own)
+        except BaseException:
+            self._fill([])
+            self._active_stack = ()
+            raise
+        self._active_stack = wanted
+
+    def _fill(self, own: Stack) -> None:
+        """Fill every slot, and activate the words; without adapters nothing is allocated."""
         device = next(self.module.parameters()).device
         changes = changes_by_layer(own if device.type == "cpu" else uploaded(own, self.name, device), self.name)
         reserved_rank = self._reserved_rank_for(changes.values())
@@ -95,7 +109,6 @@ class ComponentAdapters:
             slot.put(self._layer_for(slot, changes.get(name, nothing), reserved_rank))
         if self.words is not None:
             self.words.activate([e for adapter, _ in own for e in adapter.embeddings if e.component == self.name])
-        self._active_stack = wanted
 
     def _reserved_rank_for(self, changes: Iterable[LayerChanges]) -> int:
         """The rank that every linear layer reserves; 0 where each takes the rank that it needs."""
@@ -160,7 +173,8 @@ class AdapterManager:
 
         The adapters must have been read for this model's `shapes`. An adapter at scale 0 is left out, and one that is
         given twice acts at the sum of its scales. Nothing is done if the model carries the stack already. After an
-        exception of any kind, the next call restores a known state.
+        exception of any kind, the component where it was raised carries no adapter; should a second one keep it from
+        that, the next call restores a known state.
 
         Raises:
             ValueError: a scale is not finite.

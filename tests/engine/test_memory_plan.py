@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from torch import Tensor
 from torchao.quantization import Float8Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from benchmarks.dry_run.device import H100
+from benchmarks.dry_run.flux import flux_sizes, shortened
+from benchmarks.dry_run.memory import memory_table
 from engine.fp8 import WEIGHT_ONLY
 from engine.loading import load_models
 from engine.memory_plan import (
@@ -24,6 +29,7 @@ from engine.memory_plan import (
     Placement,
     Sizes,
     adapter_bytes,
+    new_weights_bytes,
     plan_memory,
     profile_sizes,
     sizes_of,
@@ -33,6 +39,11 @@ from engine.out_of_memory import retry_on_oom
 from engine.profiles import TINY, model_profiles
 from engine.working_copy import WorkingCopy
 from errors import ModelError, SettingsError
+from lora_loading.known_models import flux_1
+from lora_loading.reading.adapter import LoraAdapter
+from lora_loading.reading.layers import LayerUpdate
+from lora_loading.shapes import TRANSFORMER, ModelShapes
+from lora_loading.updates import Dora, Full, LowRank, Update
 from request import Mode, Size
 from settings import Settings
 from tests.tiny_models import narrow_transformer
@@ -231,6 +242,52 @@ def test_a_plan_is_one_line_with_its_numbers(flux: Sizes) -> None:
     for part in ("25.2 GB", "47.6 GB in host memory", "12.1 GB on the device", "exact requests are served in fp8"):
         assert part in line
     assert Placement.ON_DEMAND.value in line
+
+
+# LoRAs that are not low-rank
+
+
+def lora_of_all(shapes: ModelShapes, update_of: Callable[[LowRank], Update]) -> LoraAdapter:
+    """A change of rank 1 of all linear layers of the transformer, without memory, made into another kind."""
+    changes = []
+    with torch.device("meta"):
+        for layer in shapes.by_component[TRANSFORMER].values():
+            if len(layer.weight) == 2:
+                rows, columns = layer.weight
+                update = update_of(LowRank(torch.empty(1, columns), torch.empty(rows, 1), 1.0))
+                changes.append(LayerUpdate(TRANSFORMER, layer.name, "weight", update))
+        changes.append(LayerUpdate(TRANSFORMER, changes[0].layer, "bias", Full(torch.empty(3072))))
+    return LoraAdapter("all", "test", tuple(changes))
+
+
+def test_new_weights_are_those_of_layers_that_are_changed_by_more_than_factors(flux: Sizes) -> None:
+    shapes = flux_1("dev")
+    low = lora_of_all(shapes, lambda inner: inner)
+    dora = lora_of_all(shapes, lambda inner: Dora(inner, torch.empty(len(inner.b), 1)))
+    whole = new_weights_bytes([(dora, 1.0)], shapes)
+    assert whole == pytest.approx(flux.pristine[0], rel=0.001)
+    assert new_weights_bytes([(low, 1.0)], shapes) == new_weights_bytes([(dora, 0.0)], shapes) == 0
+    assert new_weights_bytes([(low, 1.0), (dora, 0.5), (dora, 0.5)], shapes) == whole
+
+
+def test_an_80_gb_card_has_no_room_for_new_weights_of_all_layers(flux: Sizes) -> None:
+    """Where weights are moved in, new ones come in their place, so there is no limit."""
+    h100, *others = plans(flux)
+    assert h100.spare_bytes == h100.device_bytes - h100.needed_bytes
+    assert 5e9 < h100.spare_bytes < 10e9 < flux.pristine[0]
+    assert f"{h100.spare_bytes / 1e9:.1f} GB are left for LoRAs that are not low-rank" in str(h100)
+    assert [plan.spare_bytes for plan in (*others, plan_memory(flux, None))] == [None, None, None]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the fake device needs g++")
+def test_new_weights_stay_within_what_the_plan_leaves() -> None:
+    """Counted while models and precisions take turns, on a card with room for half a transformer's."""
+    scale = shortened(1, 1)
+    sizes = flux_sizes(scale)
+    spare = sizes.pristine[0] // 2
+    card = replace(H100, memory_bytes=plan_memory(sizes, H100.memory_bytes).needed_bytes + spare)
+    assert plan_memory(sizes, card.memory_bytes).spare_bytes == spare
+    assert memory_table((card,), scale).problems == []
 
 
 # Memory that does not suffice

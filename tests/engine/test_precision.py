@@ -20,7 +20,7 @@ from torchao.quantization import Float8Tensor, Float8WeightOnlyConfig, PerRow, q
 
 from engine.engine import Engine
 from engine.fp8 import DYNAMIC, WEIGHT_ONLY, Scheme, choose_scheme, write_fp8
-from engine.memory_plan import LAYOUTS
+from engine.memory_plan import LAYOUTS, new_weights_bytes
 from engine.working_copy import BLOCKS, WorkingCopy, WorkingCopyAdapters
 from lora_loading.applying.manager import ComponentAdapters, changes_by_layer
 from lora_loading.reading.adapter import LoraAdapter, Stack, read_adapter
@@ -328,6 +328,55 @@ def test_where_fp8_does_not_work_the_exact_model_serves_and_the_log_says_so(
         shown = make_image(without, go_fast=True)
     assert "the original precision is used" in caplog.text
     assert shown.tobytes() == make_image(engine).tobytes()
+
+
+LAYER = "single_transformer_blocks.0.attn.to_q"
+
+
+def change_of_one_layer(engine: Engine, model: str) -> LoraAdapter:
+    """A full difference of one linear layer, which cannot stay beside the weight."""
+    size = engine.shapes(model).by_component[TRANSFORMER][LAYER].weight
+    difference = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.02
+    return LoraAdapter(f"full, {model}", "test", (LayerUpdate(TRANSFORMER, LAYER, "weight", Full(difference)),))
+
+
+def weights_of_the_layer(engine: Engine) -> dict[str, Tensor]:
+    """That layer's weight in each model, in the original precision."""
+    modules = {name: adapters.components[TRANSFORMER].module for name, adapters in engine.exact.adapters.items()}
+    return {name: module.get_parameter(f"{LAYER}.weight") for name, module in modules.items()}
+
+
+def test_a_transformer_that_does_not_run_carries_no_adapter(engine: Engine) -> None:
+    """Its changed weights would take memory that the plan has given to another part."""
+    changes = {model: change_of_one_layer(engine, model) for model in ("dev", "schnell")}
+    plain = make_image(engine)
+    make_image(engine, model="dev", num_inference_steps=1)
+    pristine = weights_of_the_layer(engine)
+    seen = []
+    for model, go_fast in (("dev", False), ("schnell", False), ("schnell", True), ("dev", False), ("dev", True)):
+        make_image(engine, [(changes[model], 1.0)], model=model, go_fast=go_fast, num_inference_steps=1)
+        now = weights_of_the_layer(engine)
+        seen.append([name for name in now if now[name] is not pristine[name]])
+    assert seen == [["dev"], ["schnell"], [], ["dev"], []]
+    assert make_image(engine).tobytes() == plain.tobytes()
+
+
+def test_new_weights_that_do_not_fit_run_in_fp8_and_the_log_says_so(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the strengths as they were asked for; low-rank ones, and what fits, run in the original precision."""
+    change = change_of_one_layer(engine, "schnell")
+    style = read_adapter(LORAS / "tok-style.safetensors", engine.shapes("schnell"))
+    size = new_weights_bytes([(change, 1.0)], engine.shapes("schnell"))
+    full, roomy = (Engine(engine.exact, engine.fast, CPU, spare_bytes=spare) for spare in (size - 1, size))
+    wanted, fast = make_image(engine, [(change, 0.9)]), make_image(engine, [(change, 0.6)], go_fast=True)
+    low_rank = make_image(engine, [(style, 0.9)])
+    with caplog.at_level(logging.WARNING):
+        assert make_image(full, [(style, 0.9)]).tobytes() == low_rank.tobytes()
+        assert make_image(roomy, [(change, 0.9)]).tobytes() == wanted.tobytes()
+        assert "fp8 is used" not in caplog.text
+        assert make_image(full, [(change, 0.9)]).tobytes() == fast.tobytes()
+    assert "they are not low-rank" in caplog.text
 
 
 def test_a_card_for_one_transformer_at_a_time_gives_the_same_images(engine: Engine) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lora_loading.applying.manager import AdapterManager, ComponentAdapters, ada
 from lora_loading.reading.adapter import LoraAdapter, read_adapter
 from lora_loading.reading.layers import LayerUpdate
 from lora_loading.shapes import CLIP, T5, TRANSFORMER, ModelShapes, adaptable_layers, components_of
-from lora_loading.updates import Dora, Full, LoKr, LowRank, Update
+from lora_loading.updates import Dora, Full, Gains, LoKr, LowRank, Update
 from tests import lora_files as files
 from tests.lora_files import adapter_of, changes_of, expected, kinds_of, save
 from tests.paths import LORAS
@@ -156,6 +157,42 @@ def test_another_scale_of_a_dora_reuses_its_gains(axis: str, inner: str, monkeyp
         found = adaptable_layers(model)[name].weight.double()
         torch.testing.assert_close(found, old + scale * delta, rtol=1e-5, atol=1e-6)
     assert len(calls) == 1
+
+
+def dora_of(name: str = "transformer_blocks.0.attn.to_q") -> LoraAdapter:
+    """A DoRA of one layer, its factors views of one block, as a file's are."""
+    block = torch.randn(2, 3, 32)
+    update = Dora(LowRank(block[0], block[1].T, 1.0), torch.rand(32, 1) + 0.5)
+    return LoraAdapter(f"dora of {name}", "test", (LayerUpdate(TRANSFORMER, name, "weight", update),))
+
+
+def test_gains_keep_no_adapter_alive() -> None:
+    """Neither an adapter's tensors, which are a whole file's, nor its gain once another one is used."""
+    layers, gains = adaptable_layers(narrow_transformer()), Gains()
+    alive, held = [], []
+    for _ in range(5):
+        (change,) = dora_of().layers
+        assert isinstance(change.update, Dora)
+        weight = layers[change.layer].weight
+        gains.of(change.update, weight, lambda name: layers[name].weight)
+        alive.append(ref(change.update))
+        held.append(gains.bytes)
+        del change
+    gc.collect()
+    assert [update() for update in alive] == [None] * 5
+    assert held == [32 * 4] * 5
+
+
+def test_gains_beyond_their_bound_are_dropped_and_made_again() -> None:
+    layers, gains = adaptable_layers(narrow_transformer()), Gains(max_bytes=2 * 32 * 4)
+    updates = [change.update for _ in range(3) for change in dora_of().layers]
+    for _ in range(2):
+        for update in updates:
+            assert isinstance(update, Dora)
+            weight = layers["transformer_blocks.0.attn.to_q"].weight
+            found = gains.of(update, weight, lambda name: layers[name].weight)
+            assert torch.equal(found, update.gain(weight, lambda name: layers[name].weight))
+            assert gains.bytes <= 2 * 32 * 4
 
 
 def test_strength_zero_is_none(
@@ -319,7 +356,8 @@ def test_a_cancellation_anywhere_is_mended_by_the_next_call(at: int, monkeypatch
         patch.setattr(nn.Module, "register_module", interrupted)
         with pytest.raises(Cancelled):
             manager.apply([])
-    assert manager.active_stack(TRANSFORMER) is None
+    assert manager.active_stack(TRANSFORMER) == ()
+    assert torch.equal(output(model), plain)
     manager.apply([(second, 1.0)])
     assert torch.equal(output(model), wanted)
     manager.apply([])
@@ -384,6 +422,37 @@ def test_a_failing_change_leaves_the_next_stack_unharmed() -> None:
     manager.apply([(good, 1.0)])
     assert torch.equal(output(model), wanted)
     manager.apply([])
+    assert torch.equal(output(model), plain)
+
+
+@pytest.mark.parametrize("reserved_rank", [0, 16])
+def test_a_stack_that_runs_out_of_memory_leaves_none_of_its_weights(
+    reserved_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the layers before the lack were given is freed, and the manager knows that the model is a plain one."""
+    model = narrow_transformer()
+    plain, layers = output(model), adaptable_layers(model)
+    manager = manager_of(model, reserved_rank)
+    stack = [(adapter, 1.0) for name in layers if name.endswith((".to_q", ".to_k")) for adapter in [dora_of(name)]]
+    made: list[ReferenceType[nn.Parameter]] = []
+    parameter = nn.Parameter
+
+    def lacking(*given: Any, **named: Any) -> nn.Parameter:
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 MiB")
+        new = parameter(*given, **named)
+        made.append(ref(new))
+        return new
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn, "Parameter", lacking)
+        with pytest.raises(torch.OutOfMemoryError):
+            manager.apply(stack)
+    gc.collect()
+    assert len(made) == 2
+    assert [weight for weight in made if weight() is not None] == []
+    assert manager.active_stack(TRANSFORMER) == ()
+    assert all(layer is layers[name] for name, layer in adaptable_layers(model).items())
     assert torch.equal(output(model), plain)
 
 
