@@ -19,6 +19,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 PROJECT = Path(__file__).parent.parent
 SERVER = (str(PROJECT / ".venv" / "bin" / "python"), "-m", "cli.serve")
@@ -28,6 +29,14 @@ PR_SET_CHILD_SUBREAPER = 36
 """Of prctl(2) on Linux."""
 SEAT = "{seat}"
 """Stands in FLUX_CACHE_DIR for the replica's seat."""
+
+
+def prediction_path(id: str) -> str:
+    """A prediction's path on the server, `/predictions/<id>`: one segment, whatever the id is made of.
+
+    Dots are escaped too, since clients take the segments "." and ".." out of a path.
+    """
+    return f"/predictions/{quote(id, safe='').replace('.', '%2E')}"
 
 
 class Child:

@@ -65,8 +65,9 @@ class Front:
         """The ASGI application, for `serve.ingress()`."""
         routes = [
             Route("/predictions", self._predict, methods=["POST"]),
-            Route("/predictions/{id}", self._predict, methods=["PUT"]),
-            Route("/predictions/{id}/cancel", self._cancel, methods=["POST"]),
+            # An id may hold slashes, which clients escape and Starlette gives as they are.
+            Route("/predictions/{id:path}", self._predict, methods=["PUT"]),
+            Route("/predictions/{id:path}/cancel", self._cancel, methods=["POST"]),
             Route("/health-check", self._health, methods=["GET"]),
             Route("/openapi.json", self._openapi, methods=["GET"]),
             Route("/", self._index, methods=["GET"]),

@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import ray
@@ -25,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cluster.child import Child, free_port
+from cluster.child import Child, free_port, prediction_path
 from cluster.ledger_actor import ledger
 from cluster.metrics import PREDICTION_SECONDS, REPLICAS_LOST, STUCK
 
@@ -125,7 +126,7 @@ class Replica:
         while True:
             try:
                 answer = await self._client.put(
-                    f"/predictions/{id}", content=body, headers={"Content-Type": "application/json"}
+                    prediction_path(id), content=body, headers={"Content-Type": "application/json"}
                 )
             except httpx.HTTPError as error:
                 self._end(f"the predictor broke off: {type(error).__name__}")
@@ -159,7 +160,7 @@ class Replica:
                 await self._give_up(id, running)
                 return
             try:
-                await self._client.post(f"/predictions/{id}/cancel", timeout=CANCEL_SECONDS)
+                await self._client.post(f"{prediction_path(id)}/cancel", timeout=CANCEL_SECONDS)
             except httpx.TimeoutException:
                 continue
             except httpx.HTTPError:
@@ -198,7 +199,9 @@ class EventRelay:
         if self._port is None:
             await self._start()
         self._targets[id] = webhook
-        return body.replace(PLACEHOLDER, f"http://127.0.0.1:{self._port}/{id}".encode(), 1)
+        address = f"http://127.0.0.1:{self._port}/of-{quote(id, safe='')}"  # no segment that clients take for ".."
+        before, _, after = body.rpartition(PLACEHOLDER)  # the last one: inputs come first and may hold it
+        return before + address.encode() + after
 
     async def done(self, id: str) -> None:
         """Pass the rest on."""
@@ -207,7 +210,7 @@ class EventRelay:
 
     async def _start(self) -> None:
         self._port = free_port()
-        app = Starlette(routes=[Route("/{id:path}", self._receive, methods=["POST"])])
+        app = Starlette(routes=[Route("/of-{id:path}", self._receive, methods=["POST"])])
         config = uvicorn.Config(app, host="127.0.0.1", port=self._port, log_level="error", lifespan="off")
         server = uvicorn.Server(config)
         self._tasks = [asyncio.ensure_future(server.serve()), asyncio.ensure_future(self._pass_on())]

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError
@@ -16,6 +16,18 @@ from errors import LoraReferenceError
 from lora_loading.finding.reference import parse
 
 EVENTS = ("start", "output", "logs", "completed")
+MAX_DEPTH = 127
+"""How deep lists and objects may be in each other: the limit of Cog's server, which reads JSON with serde_json."""
+JSON_TYPES = {
+    bool: "boolean `{}`",
+    int: "integer `{}`",
+    float: "floating point `{}`",
+    str: "string {}",
+    list: "sequence",
+    dict: "map",
+    type(None): "null",
+}
+"""How serde_json names a value of a type that was not expected."""
 LORA_INPUTS = ("replicate_weights", "extra_lora")
 
 
@@ -64,22 +76,16 @@ def read(content: bytes, id_in_address: str | None, new_id: str, inputs: Mapping
     Raises:
         RefusedError: it is not what Cog's server takes.
     """
-    try:
-        document = json.loads(content or b"{}")
-    except ValueError as error:
-        raise RefusedError(400, f"Failed to parse the request body as JSON: {error}", "text/plain") from None
+    document = _parsed(content or b"{}")
     if not isinstance(document, dict) or not isinstance(document.get("input", {}), dict):
         raise _not_a_request("expected an object with an object as input")
-    events = document.get("webhook_events_filter") or EVENTS
-    if unknown := [event for event in events if event not in EVENTS]:
-        raise _not_a_request(f"webhook_events_filter: unknown variant `{unknown[0]}`, expected one of {EVENTS}")
-    own_id = document.get("id")
+    events, own_id, webhook = _events(document), _text(document, "id"), _text(document, "webhook")
     if id_in_address and own_id not in (None, id_in_address):
         raise _details([(["body", "id"], "prediction ID must match the ID supplied in the URL", "value_error")])
     given = document.get("input", {})
     if problems := [] if inputs is None else list(_problems(given, inputs)):
         raise _details(problems)
-    return Prediction(str(id_in_address or own_id or new_id), given, document.get("webhook") or None, tuple(events))
+    return Prediction(id_in_address or own_id or new_id, given, webhook or None, events)
 
 
 def input_schema(openapi: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +97,55 @@ def input_schema(openapi: Mapping[str, Any]) -> dict[str, Any]:
         whole = {**schema, **{key: value for part in named for key, value in part.items()}}
         properties[name] = {key: value for key, value in whole.items() if key != "allOf"}
     return {"properties": properties, "required": schemas["Input"]["required"], "type": "object"}
+
+
+def _parsed(content: bytes) -> Any:  # noqa: ANN401 - any JSON
+    try:
+        document = json.loads(content)
+    except RecursionError:
+        raise _not_json("recursion limit exceeded") from None
+    except ValueError as error:
+        raise _not_json(str(error)) from None
+    if _is_deeper(document, MAX_DEPTH):
+        raise _not_json("recursion limit exceeded")
+    return document
+
+
+def _is_deeper(document: object, limit: int) -> bool:
+    """Whether more than so many lists and objects are in each other."""
+    level = [document]
+    for _ in range(limit):
+        parts = [value.values() if isinstance(value, dict) else value for value in level if _is_nested(value)]
+        level = [inner for part in parts for inner in part]
+    return any(map(_is_nested, level))
+
+
+def _is_nested(value: object) -> TypeGuard[dict[str, object] | list[object]]:
+    return isinstance(value, (dict, list))
+
+
+def _events(document: Mapping[str, Any]) -> tuple[str, ...]:
+    events = document.get("webhook_events_filter", list(EVENTS))
+    if not isinstance(events, list):
+        raise _not_a_request(f"webhook_events_filter: invalid type: {_type_of(events)}, expected a sequence")
+    for index, event in enumerate(events):
+        if event not in EVENTS:
+            known = ", ".join(f"`{name}`" for name in EVENTS)
+            raise _not_a_request(f"webhook_events_filter[{index}]: unknown variant `{event}`, expected one of {known}")
+    return tuple(events)
+
+
+def _text(document: Mapping[str, Any], name: str) -> str | None:
+    text = document.get(name)
+    if text is not None and not isinstance(text, str):
+        raise _not_a_request(f"{name}: invalid type: {_type_of(text)}, expected a string")
+    if text and any("\ud800" <= character <= "\udfff" for character in text):  # it has no UTF-8
+        raise _not_json(f"{name}: lone surrogate in hex escape")
+    return text
+
+
+def _type_of(value: object) -> str:
+    return JSON_TYPES[type(value)].format(json.dumps(value))
 
 
 def _problems(given: Mapping[str, Any], inputs: Mapping[str, Any]) -> Iterator[tuple[list[str], str, str]]:
@@ -116,6 +171,10 @@ def _in_words(error: ValidationError) -> str:
 def _details(problems: list[tuple[list[str], str, str]]) -> RefusedError:
     details = [{"loc": loc, "msg": msg, "type": kind} for loc, msg, kind in problems]
     return RefusedError(422, json.dumps({"detail": details}, separators=(",", ":")))
+
+
+def _not_json(why: str) -> RefusedError:
+    return RefusedError(400, f"Failed to parse the request body as JSON: {why}", "text/plain")
 
 
 def _not_a_request(why: str) -> RefusedError:

@@ -9,11 +9,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import unquote
 
+import httpx
 import pytest
 
 from cli.serve import health
-from cluster.child import Child, own_environment
+from cluster.child import Child, own_environment, prediction_path
 from tests.cli.test_serve import Client
 from tests.paths import PROJECT
 
@@ -62,6 +64,41 @@ def family_of(mark: str) -> dict[int, str]:
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 family[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return family
+
+
+IDS = ("plain-7", "tenant/7", "job?7", "a#b", "../shutdown?", "..", ".", "100%", "a%2Fb", 'quoted" id', "\u00e9 \u6f22")
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_an_id_is_one_segment_of_its_address(id: str) -> None:
+    """As httpx sends it, which is the replica's client."""
+    with httpx.Client(base_url="http://127.0.0.1:1") as client:
+        for end in ("", "/cancel"):
+            sent = client.build_request("POST", prediction_path(id) + end).url.raw_path.decode()
+            assert sent.startswith("/predictions/")
+            assert sent.endswith(end)
+            segment = sent.removeprefix("/predictions/").removesuffix(end)
+            assert "/" not in segment
+            assert unquote(segment) == id
+
+
+@pytest.mark.slow
+def test_the_real_server_takes_any_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX_CACHE_DIR", str(tmp_path))
+    child = Child("seat-0", threads=1)
+    try:
+        while health("127.0.0.1", child.port).get("status") != "READY":
+            assert child.alive
+            time.sleep(0.5)
+        body = {"input": {"prompt": "a red circle", "model": "schnell", "num_inference_steps": 1, "megapixels": "0.25"}}
+        with httpx.Client(base_url=child.address, timeout=120) as client:
+            for id in IDS:
+                while (answer := client.put(prediction_path(id), json=body)).status_code == 409:
+                    time.sleep(0.05)  # for a moment after an answer
+                document = answer.json()
+                assert (document["id"], document["status"]) == (id, "succeeded")
+    finally:
+        child.end()
 
 
 @pytest.mark.slow

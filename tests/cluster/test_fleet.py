@@ -24,6 +24,8 @@ from typing import Any
 
 import pytest
 
+from cluster.child import prediction_path
+from cluster.validation import EVENTS
 from tests.cli.test_serve import free_port
 from tests.paths import PROJECT
 
@@ -114,7 +116,7 @@ class Fleet:
 
     def begin(self, id: str, webhooks: Webhooks, events: tuple[str, ...] = ("completed",), **given: Any) -> int:
         body = {"input": {**QUICK, **given}, "webhook": webhooks.address, "webhook_events_filter": events}
-        return self.ask("PUT", f"/predictions/{id}", body, Prefer="respond-async")[0]
+        return self.ask("PUT", prediction_path(id), body, Prefer="respond-async")[0]
 
     def accepted(self) -> int:
         return int(self.ask("GET", "/health-check")[2]["queue"]["accepted"])
@@ -229,6 +231,20 @@ def test_running_and_queued_predictions_are_cancelled(fleet: Fleet, webhooks: We
         assert time.monotonic() - started < 5
         assert webhooks.ended(id)[0]["status"] == "canceled"
     assert fleet.predict()["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("id", ["tenant/7", "job?7", "../shutdown?", 'quoted" id'])
+def test_any_id_has_all_its_events_and_is_cancelled(fleet: Fleet, webhooks: Webhooks, golden: Any, id: str) -> None:
+    assert fleet.begin(id, webhooks, EVENTS) == 202
+    webhooks.wait([id])
+    first, *_, last = webhooks.events[id]
+    assert (first["status"], last["status"], last["output"]) == ("processing", "succeeded", golden)
+    other = f"{id} again"
+    assert fleet.begin(other, webhooks, **LONG) == 202
+    time.sleep(2)
+    assert fleet.ask("POST", f"{prediction_path(other)}/cancel")[0] == 200
+    webhooks.wait([other], 10)
+    assert webhooks.ended(other)[0]["status"] == "canceled"
 
 
 def test_one_id_runs_once(fleet: Fleet, webhooks: Webhooks) -> None:

@@ -45,8 +45,62 @@ def test_wrong_inputs_are_answered_as_cog_does(given: dict[str, Any], details: l
 def test_what_is_no_request_is_refused() -> None:
     assert refused(b'{"inp')[0] == 400
     assert refused(b"[]")[0] == 422
-    assert "`nope`" in refused(b'{"input": {"prompt": "x"}, "webhook_events_filter": ["nope"]}')[1]
     assert "must match" in refused(b'{"id": "other", "input": {"prompt": "x"}}', "mine")[1]
+
+
+# As coglet 0.23.1 answers, but for the line and column that it adds
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"webhook_events_filter": 5}, "webhook_events_filter: invalid type: integer `5`, expected a sequence"),
+        ({"webhook_events_filter": "a"}, 'webhook_events_filter: invalid type: string "a", expected a sequence'),
+        ({"webhook_events_filter": {"a": 1}}, "webhook_events_filter: invalid type: map, expected a sequence"),
+        ({"webhook_events_filter": None}, "webhook_events_filter: invalid type: null, expected a sequence"),
+        (
+            {"webhook_events_filter": ["start", "nope"]},
+            "webhook_events_filter[1]: unknown variant `nope`, expected one of `start`, `output`, `logs`, `completed`",
+        ),
+        ({"id": 5}, "id: invalid type: integer `5`, expected a string"),
+        ({"id": True}, "id: invalid type: boolean `true`, expected a string"),
+        ({"id": ["a"]}, "id: invalid type: sequence, expected a string"),
+        ({"webhook": 1.5}, "webhook: invalid type: floating point `1.5`, expected a string"),
+        ({"webhook": {}}, "webhook: invalid type: map, expected a string"),
+    ],
+)
+def test_a_value_of_another_type_is_answered_as_cog_does(wrong: dict[str, Any], why: str) -> None:
+    found = refused(json.dumps({"input": {"prompt": "x"}, **wrong}).encode())
+    assert found == (422, f"Failed to deserialize the JSON body into the target type: {why}")
+
+
+def test_an_absent_id_and_webhook_may_be_null() -> None:
+    prediction = read(b'{"id": null, "webhook": null, "input": {"prompt": "x"}}', None, "new", INPUTS)
+    assert (prediction.id, prediction.webhook) == ("new", None)
+
+
+def test_a_filter_without_events_asks_for_none() -> None:
+    body = b'{"webhook": "http://a/", "webhook_events_filter": [], "input": {"prompt": "x"}}'
+    prediction = read(body, None, "new", INPUTS)
+    assert prediction.events == ()
+    assert "webhook" not in json.loads(prediction.body("http://relay/"))
+
+
+def nested(lists: int) -> bytes:
+    """A body of so many lists in each other, within two objects."""
+    return b'{"input": {"prompt": "x", "more": ' + b"[" * lists + b"]" * lists + b"}}"
+
+
+@pytest.mark.parametrize("lists", [126, 900, 100_000])
+def test_a_body_that_is_nested_too_deeply_is_answered_as_cog_does(lists: int) -> None:
+    assert refused(nested(lists)) == (400, "Failed to parse the request body as JSON: recursion limit exceeded")
+
+
+def test_a_body_that_cog_reads_is_read() -> None:
+    assert read(nested(125), None, "new", INPUTS).id == "new"
+
+
+def test_an_id_that_no_address_can_hold_is_refused() -> None:
+    status, content = refused(b'{"id": "a\\ud800", "input": {"prompt": "x"}}')
+    assert (status, content.partition("JSON: ")[2]) == (400, "id: lone surrogate in hex escape")
 
 
 def test_the_id_is_that_of_the_address_the_body_or_a_new_one() -> None:
