@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from errors import InputError
 
@@ -36,24 +36,25 @@ def open_image(path: Path) -> Image.Image:
 
 
 def open_mask(path: Path) -> Image.Image:
-    """Return the mask as "L", upright; a transparent one without luminance contrast is read from its alpha channel.
+    """Return the mask as "L", upright; a transparent one whose visible pixels have no luminance contrast is read from
+    its alpha channel.
 
     Raises:
         InputError: as for `open_image`.
     """
     mask = _open(path, "mask")
-    luminance = _over_white(mask).convert("L")
-    if not mask.has_transparency_data:
-        return luminance
-    rgba = mask.convert("RGBA")
-    low, high = _range(rgba.convert("RGB").convert("L"))
-    alpha = rgba.getchannel("A")
-    return alpha if high - low < CONTRAST else luminance
+    if mask.has_transparency_data:
+        rgba = mask.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        if alpha.getextrema() != (255, 255) and _contrast(rgba.convert("RGB").convert("L"), alpha) < CONTRAST:
+            return alpha
+    return _over_white(mask).convert("L")
 
 
-def _range(channel: Image.Image) -> tuple[int, int]:
-    low, high = channel.getextrema()
-    return int(low), int(high)  # type: ignore[arg-type]
+def _contrast(luminance: Image.Image, alpha: Image.Image) -> int:
+    """How many levels the luminance spans where the image is not wholly transparent: what lies below is never seen."""
+    levels = [level for level, count in enumerate(luminance.histogram(alpha)) if count]
+    return levels[-1] - levels[0] if levels else 0
 
 
 def _open(path: Path, name: str) -> Image.Image:
@@ -67,7 +68,7 @@ def _open(path: Path, name: str) -> Image.Image:
                 _check_shape(image, name)
                 image.seek(0)
                 image.load()
-                return _eight_bit(ImageOps.exif_transpose(image))
+                return _eight_bit(_upright(image))
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -78,6 +79,28 @@ def _open(path: Path, name: str) -> Image.Image:
         ) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"The {name} is damaged and cannot be decoded. Save it again, or give another one.") from error
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation; 1 is upright."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned by its EXIF orientation. Of the rest of the EXIF nothing is read: whole images carry broken ones, which
+    Pillow's `exif_transpose` parses and writes again."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # SyntaxError, struct.error and more
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _check_shape(image: Image.Image, name: str) -> None:

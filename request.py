@@ -16,8 +16,8 @@ from lora_loading.finding.reference import parse
 from lora_loading.finding.services.service import LoraReference
 
 MAX_PROMPT = 20_000
-"""Characters. The models read the first 512 tokens, about 2,500 characters; tokenizing a million takes 20 s and a
-gigabyte, and cannot be cancelled."""
+"""Characters. FLUX.1 [dev] reads the first 512 tokens, about 2,500 characters, [schnell] half; tokenizing a million
+takes 20 s and a gigabyte, and cannot be cancelled."""
 MAX_SIDE = 1440
 MULTIPLE = 16
 MAX_EXTRA_LORAS = 4
@@ -180,8 +180,8 @@ def build_request(
         seed=random_seed() if seed is None or seed < 0 else int(seed) % SEED_RANGE,
         output_format=output_format,
         output_quality=int(output_quality),
-        image=None if opened is None else _fitted(opened, size),
-        mask=None if opened_mask is None else _fitted(opened_mask, size),
+        image=None if opened is None else _fitted(opened, size, Image.Resampling.LANCZOS),
+        mask=None if opened_mask is None else _fitted(opened_mask, size, Image.Resampling.BILINEAR),
         go_fast=go_fast and not custom,
         loras=_used((main, lora_scale), *extra),
         notes=tuple(notes),
@@ -191,7 +191,7 @@ def build_request(
 def _refuse_long_prompt(prompt: str) -> None:
     if len(prompt) > MAX_PROMPT:
         raise InputError(
-            f"The prompt has {len(prompt):,} characters. Give at most {MAX_PROMPT:,}; the models read about 2,500."
+            f"The prompt has {len(prompt):,} characters. Give at most {MAX_PROMPT:,}; models read about 2,500 of them."
         )
 
 
@@ -207,14 +207,15 @@ def _size_of_text_to_image(aspect_ratio: str, width: int | None, height: int | N
     if aspect_ratio != "custom":
         return Size.from_aspect_ratio(aspect_ratio, megapixels)
     if width is None or height is None:
-        missing = " and ".join(name for name, side in (("width", width), ("height", height)) if side is None)
-        raise InputError(f'aspect_ratio "custom" needs both width and height, but {missing} was not given.')
+        missing = ", ".join(name for name, side in (("width", width), ("height", height)) if side is None)
+        raise InputError(f'aspect_ratio "custom" needs both width and height. Missing: {missing}.')
     return Size.from_sides(int(width), int(height))
 
 
-def _fitted(image: Image.Image, size: Size) -> Image.Image:
+def _fitted(image: Image.Image, size: Size, filter_: Image.Resampling) -> Image.Image:
+    """Of this size. Lanczos is the sharpest, but its ripples would make black grey, far from a mask's edges."""
     wanted = (size.width, size.height)
-    return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)
+    return image if image.size == wanted else image.resize(wanted, filter_)
 
 
 def _is_stretched(mask: Image.Image, image: Image.Image) -> bool:

@@ -62,6 +62,33 @@ def test_exif_orientation_is_applied(save: Save, orientation: int) -> None:
     assert close(image.getpixel((3, 3)), corner)
 
 
+def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF with these tags, each with its type, count and four bytes, whether they make sense or not."""
+    packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + bytes(4)
+
+
+UPRIGHT_BY_90 = (0x0112, 3, 1, b"\x06\0\0\0")
+BROKEN_EXIF = {
+    "zeros": bytes(64),
+    "EXIF within EXIF": b"Exif\0\0" + exif_of(UPRIGHT_BY_90),
+    "a resolution in words": exif_of(UPRIGHT_BY_90, (0x011A, 2, 4, b"72 \0")),
+    "a width below zero": exif_of((0x0100, 9, 1, struct.pack("<i", -5)), UPRIGHT_BY_90),
+    "an orientation of 77": exif_of((0x0112, 3, 1, b"\x4d\0\0\0")),
+    "an orientation in words": exif_of((0x0112, 2, 4, b"up!\0")),
+}
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+@pytest.mark.parametrize("exif", BROKEN_EXIF)
+def test_a_whole_image_with_broken_exif_is_read(save: Save, name: str, exif: str) -> None:
+    """And turned where its orientation can be read."""
+    image = open_image(save(two_halves(), name, exif=BROKEN_EXIF[exif]))
+    if exif in ("a resolution in words", "a width below zero"):
+        assert image.size == (32, 64)
+    assert close(image.getpixel((3, 3)), RED)
+
+
 def test_the_first_frame_of_an_animation_is_used(save: Save) -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, GREEN)]
     path = save(frames[0], "a.gif", save_all=True, append_images=frames[1:])
@@ -196,6 +223,23 @@ def test_a_mask_without_contrast_is_read_from_its_alpha(save: Save) -> None:
     mask.paste((0, 0, 0, 255), (16, 0, 32, 32))
     read = open_mask(save(mask))
     assert (read.getpixel((4, 4)), read.getpixel((28, 4))) == (0, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("stroke", ["white", "red", "black"])
+def test_a_mask_painted_on_a_transparent_canvas_is_read_from_its_alpha(save: Save, mode: str, stroke: str) -> None:
+    """Whatever colour the transparent pixels have: it is never seen."""
+    mask = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    mask.paste(Image.new("RGBA", (16, 32), stroke), (16, 0))
+    read = open_mask(save(mask.convert(mode)))
+    assert (read.getpixel((4, 4)), read.getpixel((28, 4))) == (0, 255)
+
+
+@pytest.mark.parametrize(("colour", "expected"), [((0, 0, 0, 255), 0), ((255,) * 4, 255), ((0, 0, 0, 0), 0)])
+def test_a_mask_of_one_colour_keeps_or_repaints_all(
+    save: Save, colour: tuple[int, int, int, int], expected: int
+) -> None:
+    assert open_mask(save(Image.new("RGBA", (32, 32), colour))).getextrema() == (expected, expected)
 
 
 def test_a_mask_with_contrast_and_alpha_is_read_by_luminance(save: Save) -> None:

@@ -45,10 +45,10 @@ def test_custom_sides_are_rounded_to_the_nearest_multiple_of_16_ties_up(asked: i
 
 
 @pytest.mark.parametrize(
-    ("sides", "missing"), [({"width": 512}, "height"), ({"height": 512}, "width"), ({}, "width and height")]
+    ("sides", "missing"), [({"width": 512}, "height"), ({"height": 512}, "width"), ({}, "width, height")]
 )
 def test_custom_names_the_missing_side(sides: dict[str, int], missing: str) -> None:
-    with pytest.raises(InputError, match=f"but {missing} was not given"):
+    with pytest.raises(InputError, match=f"Missing: {missing}."):
         request_of(aspect_ratio="custom", **sides)
 
 
@@ -124,6 +124,18 @@ def test_image_and_mask_are_both_upright_and_of_the_output_size(save: Save) -> N
     assert request.image is not None
     assert request.mask is not None
     assert request.image.size == request.mask.size == (64, 96)
+
+
+@pytest.mark.parametrize("side", [32, 100, 128, 500])
+def test_what_a_mask_keeps_stays_black_when_it_is_scaled(save: Save, side: int) -> None:
+    """A filter with ripples would make pixels grey that are far from the edge."""
+    mask = Image.new("L", (side, side), 0)
+    mask.paste(255, (side // 2, 0, side, side))
+    scaled = request_of(image=save(Image.new("RGB", (256, 256))), mask=save(mask, "mask.png")).mask
+    assert scaled is not None
+    pixel = max(1.0, 256 / side)
+    assert scaled.crop((0, 0, int(128 - pixel), 256)).getextrema() == (0, 0)
+    assert scaled.crop((int(128 + pixel) + 1, 0, 256, 256)).getextrema() == (255, 255)
 
 
 def test_prompt_strength_counts_only_with_an_image(save: Save) -> None:
