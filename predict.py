@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, MutableMapping, Opt
 from cog import BasePredictor, Input, Path, Secret
 
 from errors import DiskError, InputError, PredictionError, UnsafeOutputError
-from fetching.files import temporary_name
+from fetching.files import remove_folder, temporary_name
 from image_metadata import xmp_packet
 from images import encode
 from logs import Event, configure_logging, log_stage
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("predict")
 LEAST_OUTPUT_BYTES = 64 * 2**20
-REMOVALS = 5
-"""How often the removal of a folder is tried into which a thread may still write."""
 ADAPTER_CACHE_BYTES = 4 * 10**9
 """Limit of parsed LoRAs kept in host memory: about twenty of the usual size."""
 
@@ -367,10 +365,8 @@ class OutputFolder:
     def clear(self) -> None:
         """Remove the current folder with its files. After a cancellation a thread may still write its image there: what
         it adds while the folder is emptied is removed in the next round, and without the folder it ends with an error."""
-        for _ in range(REMOVALS):
-            if self._current is None or not self._current.exists():
-                break
-            shutil.rmtree(self._current, ignore_errors=True)
+        if self._current is not None:
+            remove_folder(self._current)
         self._current = None
 
 

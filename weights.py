@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 600
 """How long a file whose reference names no revision is used before its host is asked again."""
+RETRY_SECONDS = 60
+"""How long a file is used before a host that could not be asked is asked again: each time may take a minute."""
 LOG_EVERY_SECONDS = 2
 
 
@@ -154,11 +156,11 @@ class WeightsCache:
         try:
             source = locate()
             same = _names_content_of(source, entry) or self._is_unmodified(source, entry)
-        except HttpStatusError:
-            raise
         except DownloadError as error:
-            logger.warning("the cached file is used, as its host cannot be reached: %s", error)
-            return hold, entry, "stale"
+            if isinstance(error, HttpStatusError) and error.status != 429 and error.status < 500:
+                raise  # the host refuses the file
+            logger.warning("the cached file is used, as its host cannot be asked: %s", error)
+            return hold, replace(entry, checked=self._now() - FRESH_SECONDS + RETRY_SECONDS), "stale"
         if same:
             return hold, replace(entry, checked=self._now(), facts=source.facts or entry.facts), "revalidated"
         fetched = self._fetch(source)

@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 VERIFIED_MTIME_NS = 1_577_836_800 * 10**9
 """Sentinel modification time of a file in the Hub's cache whose digest was verified; any other time means that the file
 is new or was modified, and has to be hashed."""
+
+REMOVALS = 5
+"""How often the removal of a folder is tried into which a thread may still write."""
 
 
 class SharedFolderError(OSError):
@@ -71,13 +74,40 @@ def temporary_name(prefix: str) -> Path:
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A folder for this user alone, removed at the end with all that is in it."""
+    """A folder for files of this user alone, removed at the end with them."""
     folder = temporary_name(prefix)
     try:
         folder.mkdir(mode=0o700)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            remove_folder(folder)
+        except BaseException:  # also a cancellation before its first instruction
+            remove_folder(folder)
+            raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and the files in it, if it is there, also when a cancellation comes meanwhile.
+
+    Cog raises a cancellation in the prediction's thread, at any instruction. Within `shutil.rmtree` it would leave
+    files behind, and in Python 3.11 close a descriptor twice; here nothing is open, and the rest goes in a second try.
+    """
+    try:
+        _remove_files(folder)
+    except BaseException:
+        _remove_files(folder)
+        raise
+
+
+def _remove_files(folder: Path) -> None:
+    for _ in range(REMOVALS):
+        with suppress(OSError):
+            for file in folder.iterdir():
+                file.unlink(missing_ok=True)
+            folder.rmdir()
+        if not folder.exists():
+            break
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -29,7 +29,7 @@ from tests.fetching.test_containers import BAD_TARS, tar_of
 from tests.paths import PROJECT
 from tests.services import HTML_WITH_200, Reply, Storage
 from tests.services import StoredFile as ServedFile
-from weights import FRESH_SECONDS, CachedFile, Container, Source, WeightsCache
+from weights import FRESH_SECONDS, RETRY_SECONDS, CachedFile, Container, Source, WeightsCache
 
 
 def tensors(number: int, size_bytes: int = 4000) -> bytes:
@@ -191,26 +191,49 @@ def test_a_plain_address_is_checked_by_its_tag(cache: WeightsCache, storage: Sto
     assert get(cache, source)[1] == newer
 
 
-def test_a_host_that_is_away_does_not_take_the_stored_file_away(
-    cache: WeightsCache, storage: Storage, clock: Clock, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "error",
+    [
+        DownloadError("example.com did not answer in time."),
+        HttpStatusError("example.com did not answer as it should.", status=429, host="example.com"),
+        HttpStatusError("example.com did not answer as it should.", status=503, host="example.com"),
+    ],
+    ids=["away", "429", "503"],
+)
+def test_a_host_that_is_away_or_busy_does_not_take_the_stored_file_away(
+    cache: WeightsCache, storage: Storage, clock: Clock, caplog: pytest.LogCaptureFixture, error: DownloadError
+) -> None:
+    """And is asked again only after a while: to wait for it may take a minute."""
+    source = Source("x", storage.put("/x", ServedFile(CONTENT, '"1"')))
+    get(cache, source)
+    clock.time += FRESH_SECONDS + 1
+    asked = 0
+
+    def locate() -> Source:
+        nonlocal asked
+        asked += 1
+        raise error
+
+    for outcome in ("stale", "hit"):
+        with cache.open("x", "", locate) as file:
+            assert file.outcome == outcome
+    assert "example.com did not answer" in caplog.text
+    assert asked == 1
+    clock.time += RETRY_SECONDS + 1
+    storage.first.append(Reply(304))
+    with cache.open("x", "", lambda: source) as file:
+        assert file.outcome == "revalidated"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_host_that_refuses_takes_the_stored_file_away(
+    cache: WeightsCache, storage: Storage, clock: Clock, status: int
 ) -> None:
     get(cache, Source("x", storage.put("/x", ServedFile(CONTENT))))
     clock.time += FRESH_SECONDS + 1
 
     def locate() -> Source:
-        raise DownloadError("example.com did not answer in time.")
-
-    with cache.open("x", "", locate) as file:
-        assert file.outcome == "stale"
-    assert "example.com did not answer" in caplog.text
-
-
-def test_a_host_that_refuses_takes_the_stored_file_away(cache: WeightsCache, storage: Storage, clock: Clock) -> None:
-    get(cache, Source("x", storage.put("/x", ServedFile(CONTENT))))
-    clock.time += FRESH_SECONDS + 1
-
-    def locate() -> Source:
-        raise HttpStatusError("example.com answered 403.", status=403, host="example.com")
+        raise HttpStatusError(f"example.com answered {status}.", status=status, host="example.com")
 
     with pytest.raises(HttpStatusError), cache.open("x", "", locate):
         pass

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from fetching.files import SharedFolderError, private_folder, write_atomically
+from fetching.files import SharedFolderError, private_folder, temporary_folder, write_atomically
+from tests.cancelling import cancelled_after
 
 
 def test_a_folder_is_made_for_this_user_alone(tmp_path: Path) -> None:
@@ -56,3 +59,20 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"directory"):
         write_atomically(tmp_path / "x", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_cancellation_while_a_folder_is_removed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    chance = random.Random(0)
+
+    def work() -> None:
+        while True:
+            with temporary_folder("flux-") as folder:
+                for index in range(20):
+                    (folder / str(index)).touch()
+
+    for _ in range(60):
+        cancelled_after(chance.uniform(0, 0.003), work)
+        assert list(tmp_path.iterdir()) == []
