@@ -20,6 +20,8 @@ VERSION = "0.2.0"
 """Of this predictor: the same version makes the same bytes from the same settings."""
 CONTENTS = ("off", "mark", "settings", "prompt")
 """What files can carry, each with all before it."""
+JPEG_BYTES = 65_504
+"""What one segment of a JPEG file has for XMP: a prompt of 20,000 characters may be longer, and is left out then."""
 _SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -60,7 +62,10 @@ def xmp_packet(
             values["prompt"] = request.prompt
         settings = f"\n<flux:settings>{escape(json.dumps(values, ensure_ascii=False))}</flux:settings>"
     filled = _PACKET.format(version=VERSION, source_type=_SOURCE_TYPES + made_from, settings=settings)
-    return filled.encode("utf-8", "replace")
+    packet = filled.encode("utf-8", "replace")
+    if contents == "prompt" and request.output_format == "jpg" and len(packet) > JPEG_BYTES:
+        return xmp_packet("settings", request, index, digests, base_lora)
+    return packet
 
 
 def settings_of(request: GenerationRequest, index: int, digests: Sequence[str]) -> dict[str, Any]:

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import cog
-from cog.types import URLPath
 
 from cli.schema import predictor_schemas
 from errors import InputError, PredictionError, SettingsError
+from fetching.network import Client
 from image_metadata import VERSION, needs_image, read_settings
 from images import xmp_of
 from lora_loading.finding.store import base_lora, default_lora
-from request import build_request
+from request import LEAST_LORA_SCALE, MOST_LORA_SCALE, build_request
 from settings import Settings
+from uploads import Upload, Uploads
 
 EXAMPLE = 'script/predict -i prompt="a large red circle on a white background"'
 OUTPUT_NAME = re.compile(r"output\.(\d+)\.\w+")
@@ -40,22 +41,37 @@ def name_value(text: str) -> tuple[str, str]:
     """Split `name=value`; the value may hold further equals signs.
 
     Raises:
-        argparse.ArgumentTypeError: there is no equals sign.
+        argparse.ArgumentTypeError: there is no equals sign, or the text is not UTF-8.
     """
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f'"{text}" has no value: write -i name=value')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"the value of {name} is not UTF-8") from error
     return name, value
 
 
-def parse_inputs(pairs: list[tuple[str, str]], schemas: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def parse_inputs(
+    pairs: Sequence[tuple[str, str]], schemas: Mapping[str, Any], folder: Path, stored: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Turn names and texts into typed inputs, with every default filled in; files are copied into `folder`.
+
+    Args:
+        pairs: what the command line gives; `@FILE` stands for a file.
+        schemas: the predictor's, which hold the names, types, bounds and defaults.
+        folder: for the files.
+        stored: further inputs, from an image's settings, with less weight; none of them stands for a file.
 
     Raises:
         InputError: an unknown or missing input, or a value that the schema does not allow.
     """
     properties = schemas["Input"]["properties"]
     given: dict[str, Any] = {}
+    for name, text in (stored or {}).items():
+        if name in properties and "format" not in properties[name]:
+            given[name] = checked_value(name, text, _resolved(properties[name], schemas))
     for name, text in pairs:
         if name not in properties:
             raise InputError(f'There is no input "{name}". The inputs are: {", ".join(properties)}.')
@@ -72,7 +88,7 @@ def _resolved(schema: dict[str, Any], schemas: Mapping[str, Any]) -> dict[str, A
 
 
 def parse_value(name: str, text: str, schema: Mapping[str, Any], folder: Path) -> Any:
-    """One value of the schema's type and within its bounds.
+    """One value of the command line, of the schema's type and within its bounds.
 
     Raises:
         InputError: it is not.
@@ -83,6 +99,15 @@ def parse_value(name: str, text: str, schema: Mapping[str, Any], folder: Path) -
         return cog.Secret(text)
     if schema["type"] == "string" and text.startswith("@"):
         return _data_uri(_existing(name, text))
+    return checked_value(name, text, schema)
+
+
+def checked_value(name: str, text: str, schema: Mapping[str, Any]) -> Any:
+    """One value of the schema's type and within its bounds.
+
+    Raises:
+        InputError: it is not.
+    """
     value = _typed(name, text, schema["type"])
     if "enum" in schema and value not in schema["enum"]:
         raise InputError(f'{name} is "{value}". Choose one of {", ".join(schema["enum"])}.')
@@ -106,10 +131,11 @@ def _typed(name: str, text: str, kind: str) -> Any:
     return text
 
 
-def _file(name: str, text: str, folder: Path) -> cog.Path:
+def _file(name: str, text: str, folder: Path) -> cog.Path | Upload:
     if text.startswith(("http://", "https://", "data:")):
-        url = cog.Path.validate(text)
-        return url.convert() if isinstance(url, URLPath) else cog.Path(url)
+        return Upload(text)
+    if not text or "://" in text:
+        raise InputError(f'{name} is "{text}". Give @FILE, an http(s) address or a data URI.')
     if not text.startswith("@"):
         raise InputError(f'{name} is "{text}". For a file, write -i {name}=@{text}.')
     source = _existing(name, text)
@@ -133,8 +159,8 @@ def _data_uri(source: Path) -> str:
 LORA_INPUTS = (("replicate_weights", "lora_scale"), ("extra_lora", "extra_lora_scale"))
 
 
-def inputs_again(file: Path, given: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The inputs that make an image again, read from its file, with those given on the command line in their places.
+def inputs_again(file: Path, given: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The inputs that make an image again, read from its file, beside those that the command line gives.
 
     Raises:
         InputError: the file has no settings, or lacks an input that is not given.
@@ -147,32 +173,42 @@ def inputs_again(file: Path, given: list[tuple[str, str]]) -> list[tuple[str, st
         raise InputError(
             f'"{file}" holds no settings of this predictor. Files carry them unless FLUX_METADATA is off or mark.'
         )
-    inputs = {**stored_inputs(settings), **dict(given)}
-    missing = [name for name in ("prompt", *needs_image(settings), *_hidden_loras(settings)) if name not in inputs]
+    inputs = stored_inputs(settings)
+    needed = ("prompt", *needs_image(settings), *_hidden_loras(settings))
+    missing = [name for name in needed if name not in {**inputs, **dict(given)}]
     if missing:
         wanted = ", ".join(f"-i {name}=..." for name in missing)
         raise InputError(f'"{file}" does not hold the {" and the ".join(missing)}. Give {wanted}.')
     if settings.get("version") != VERSION:
         made_by = settings.get("version")
         print(f"{file} was made by version {made_by}, this is {VERSION}: the image may differ", file=sys.stderr)
-    return list(inputs.items())
+    if "base_lora" in settings:
+        print(
+            f"{file} was made with a base LoRA: set FLUX_BASE_LORA to {_base_lora(settings)} for the same image",
+            file=sys.stderr,
+        )
+    return inputs
 
 
 def stored_inputs(settings: Mapping[str, Any]) -> dict[str, str]:
     """The inputs in a file's settings, as they are written on the command line."""
-    inputs = {name: value for name, value in settings.items() if name not in ("version", "mode", "loras")}
+    inputs = {name: value for name, value in settings.items() if name not in ("version", "mode", "loras", "base_lora")}
     loras: list[Mapping[str, Any]] = settings.get("loras", [])
     extra = loras[1:]
     for main in loras[:1]:
         inputs["lora_scale"] = main["scale"]
         if not _is_hidden(main["reference"]):
             inputs["replicate_weights"] = main["reference"]
-    if len(extra) == 1:
-        inputs["extra_lora_scale"] = extra[0]["scale"]
-    if extra and not any(_is_hidden(lora["reference"]) for lora in extra):
-        several = len(extra) > 1
-        lines = (f"{lora['reference']} {lora['scale']}" if several else lora["reference"] for lora in extra)
-        inputs["extra_lora"] = "\n".join(lines)
+    if extra:
+        scales = [lora["scale"] for lora in extra]
+        # one that is the product of a line's scale and of extra_lora_scale may be beyond the bounds of both
+        factor = scales[0] if len(extra) == 1 else 1
+        if not all(LEAST_LORA_SCALE <= scale <= MOST_LORA_SCALE for scale in scales):
+            factor = MOST_LORA_SCALE
+        inputs["extra_lora_scale"] = factor
+        if not any(_is_hidden(lora["reference"]) for lora in extra):
+            lines = (f"{lora['reference']} {scale / factor:.9g}" for lora, scale in zip(extra, scales, strict=True))
+            inputs["extra_lora"] = "\n".join(line.removesuffix(" 1") for line in lines)
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in inputs.items()}
 
 
@@ -180,6 +216,12 @@ def _hidden_loras(settings: Mapping[str, Any]) -> list[str]:
     """The inputs of LoRAs whose references are not whole in the file."""
     hidden = [_is_hidden(lora["reference"]) for lora in settings.get("loras", ())]
     return [name for name, found in (("replicate_weights", hidden[:1]), ("extra_lora", hidden[1:])) if any(found)]
+
+
+def _base_lora(settings: Mapping[str, Any]) -> str:
+    """The operator's base LoRA in the form of the setting."""
+    base: Mapping[str, Any] = settings["base_lora"]
+    return f'"{base["reference"]} {base["scale"]}"'
 
 
 def _is_hidden(reference: str) -> bool:
@@ -190,8 +232,16 @@ def _is_hidden(reference: str) -> bool:
 # One prediction
 
 
-def run(pairs: list[tuple[str, str]], schemas: Mapping[str, Any], output: Path, settings: Settings) -> list[Path]:
+def run(
+    pairs: Sequence[tuple[str, str]],
+    schemas: Mapping[str, Any],
+    output: Path,
+    settings: Settings,
+    stored: Mapping[str, str] | None = None,
+) -> list[Path]:
     """Make one prediction and return the files written into `output`; all that can be is checked before loading.
+
+    `pairs` and `stored` are those of `parse_inputs`.
 
     Raises:
         PredictionError: an input is wrong, or the prediction fails.
@@ -199,15 +249,18 @@ def run(pairs: list[tuple[str, str]], schemas: Mapping[str, Any], output: Path, 
     """
     from predict import Predictor, refuse_unchecked
 
+    uploads = Uploads(Client(settings.trusted_hosts, plain_http=True))
     with tempfile.TemporaryDirectory(prefix="flux-inputs-") as folder:
-        inputs = parse_inputs(pairs, schemas, Path(folder))
+        inputs = parse_inputs(pairs, schemas, Path(folder), stored)
         refuse_unchecked(inputs["disable_safety_checker"], settings.safety_required)
-        check_request(inputs, settings)
         require_folder(output)
-        predictor = Predictor()
-        with warnings_only("engine", "safety", "lora_loading", "fetching"):
-            predictor.setup()
-        files = predictor.predict(**inputs)
+        with uploads.fetched(inputs["image"], inputs["mask"]) as (image, mask):
+            inputs |= {"image": image, "mask": mask}
+            check_request(inputs, settings)
+            predictor = Predictor()
+            with warnings_only("engine", "safety", "lora_loading", "fetching"):
+                predictor.setup()
+            files = predictor.predict(**inputs)
     output.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copy(file, target)) for file, target in zip(files, free_names(output, files), strict=True)]
 
@@ -337,8 +390,8 @@ def main() -> None:
     started = time.monotonic()
     logging.getLogger("predict").addFilter(lambda record: record.levelno < logging.ERROR)  # errors are printed below
     try:
-        inputs = inputs_again(arguments.again, arguments.input) if arguments.again else arguments.input
-        files = run(inputs, schemas, arguments.output, Settings.from_env(os.environ))
+        stored = inputs_again(arguments.again, arguments.input) if arguments.again else {}
+        files = run(arguments.input, schemas, arguments.output, Settings.from_env(os.environ), stored)
     except (PredictionError, SettingsError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:

@@ -79,9 +79,10 @@ def start_server(
 
 
 def health(host: str, port: int) -> dict[str, object]:
-    """Return the server's health document; empty while nothing answers."""
+    """Return the server's health document; empty while nothing answers. A proxy of the environment is not asked."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{address(host, port)}/health-check", timeout=12) as answer:
+        with direct.open(f"{address(host, port)}/health-check", timeout=12) as answer:
             document: dict[str, object] = json.load(answer)
             return document
     except (urllib.error.URLError, OSError, json.JSONDecodeError):
@@ -187,7 +188,8 @@ class Supervisor:
             kill(self._server)
 
     def run(self) -> str | None:
-        """Serve until a signal or a fault; return the fault, None after a signal. Nothing of the server is left."""
+        """Serve until a signal, POST /shutdown or a fault; return the fault, if there was one. Nothing of the server is
+        left."""
         with tempfile.TemporaryDirectory(prefix="flux-serve-", ignore_cleanup_errors=True) as temporary:
             server = start_server(
                 self._host, self._port, extra=self._extra, temporary=Path(temporary), output=subprocess.PIPE
@@ -208,6 +210,9 @@ class Supervisor:
         watched = Health()
         while not self.stopping:
             if server.poll() is not None:
+                if server.returncode == 0:  # as POST /shutdown asked
+                    self._say("stopped")
+                    return None
                 return f"the server has ended with status {server.returncode}"
             said = watched.complaint
             if fault := watched.fault(health(self._host, self._port)):
@@ -291,7 +296,7 @@ def supervise(supervisor: Supervisor, restart: bool, console: Console) -> int:
 
 
 def main() -> None:
-    """The command line. Exit status: 0 after ctrl-C or SIGTERM, 1 after a fault, 2 wrong usage."""
+    """The command line. Exit status: 0 after ctrl-C, SIGTERM or POST /shutdown, 1 after a fault, 2 wrong usage."""
     parser = argparse.ArgumentParser(prog="script/serve", description="Serve predictions over HTTP, as the image does.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (default 5000)")

@@ -143,8 +143,12 @@ class ServerLog:
             self._held = None
 
     def drop_held(self) -> None:
-        """Forget what was held back; show everything from now on."""
+        """Forget what was held back, but for the line that says which profile serves and why; show everything from now
+        on."""
         with self._lock:
+            for line in self._held or ():
+                if line.message.startswith("profile "):
+                    self._show(line)
             self._held = None
 
     def join(self) -> None:

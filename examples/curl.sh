@@ -25,7 +25,7 @@ echo "{\"input\": {\"prompt\": \"a red square on a white background\", \"image\"
 echo "{\"input\": {\"prompt\": \"a red circle on a white background\", \"replicate_weights\": \"$lora\", $quick}}" |
     predict | save "$out/lora.png"
 # Several LoRAs: one a line, each with its scale behind a blank; extra_lora_scale multiplies them.
-echo "{\"input\": {\"prompt\": \"a red circle on a white background\", \"extra_lora\": \"$lora 0.5\\n$object 0.5\", $quick}}" |
+echo "{\"input\": {\"prompt\": \"a red TOK on a white background\", \"extra_lora\": \"$lora 0.7\\n$object 1\", $quick}}" |
     predict | save "$out/loras.png"
 
 # In the background: PUT with a name of our own and Prefer: respond-async answers 202 at once. Without a webhook the result

@@ -68,6 +68,19 @@ def test_the_prompt_is_there_only_where_it_is_wanted_and_secrets_never(
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
+@pytest.mark.parametrize("prompt", ["🦊" * 20_000, "&" * 20_000, "x" * 20_000])
+def test_a_prompt_that_a_jpeg_has_no_room_for_is_left_out(tmp_path: Path, output_format: str, prompt: str) -> None:
+    request = replace(request_of(prompt=prompt, seed=7), output_format=output_format)
+    packet = xmp_of(saved(tmp_path, "prompt", output_format, request))
+    assert packet is not None
+    settings = read_settings(packet)
+    assert settings is not None
+    assert settings["seed"] == 8
+    fits = output_format != "jpg" or prompt.startswith("x")
+    assert settings.get("prompt") == (prompt if fits else None)
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
 def test_the_pixels_and_the_bytes_are_the_same_with_and_without(tmp_path: Path, output_format: str) -> None:
     def pixels(contents: str) -> bytes:
         with Image.open(saved(tmp_path, contents, output_format, request_with_lora())) as image:

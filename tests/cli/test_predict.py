@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from lora_loading.finding.reference import parse
 from predict import Predictor
 from tests.conftest import request_of
 from tests.paths import PROJECT
+from tests.services import Storage, StoredFile
 
 SCHEMAS = predictor_schemas(Predictor.predict)
 SMALL = ["-i", "aspect_ratio=custom", "-i", "width=256", "-i", "height=256", "-i", "num_inference_steps=2"]
@@ -139,6 +141,8 @@ def test_wrong_usage_exits_2(tmp_path: Path, arguments: list[str]) -> None:
         ("model=pro", "Choose one of dev, schnell."),
         ("image=@/", '"/" is a folder. Give a file for image.'),
         ("image=photo.png", "write -i image=@photo.png"),
+        ("image=", 'image is "". Give @FILE, an http(s) address or a data URI.'),
+        ("mask=ftp://a/b.png", 'mask is "ftp://a/b.png". Give @FILE'),
         ("image=@nowhere.png", 'There is no file "nowhere.png" for image.'),
         ("extra_lora=@nowhere.safetensors", 'There is no file "nowhere.safetensors" for extra_lora.'),
     ],
@@ -176,20 +180,70 @@ def test_an_image_is_made_again_from_its_file_byte_for_byte(tmp_path: Path) -> N
     assert (tmp_path / "second" / "output.0.png").read_bytes() == made.read_bytes()
 
 
+@pytest.mark.parametrize("image", ["http://127.0.0.1:9/photo.jpg", "http://", "data:image/png;base64,A"])
+def test_an_address_of_an_image_is_fetched_under_the_servers_rules(tmp_path: Path, image: str) -> None:
+    done = script_predict(tmp_path, "-i", "prompt=x", "-i", f"image={image}", *SMALL)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "the image" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_behind_an_address_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "blue").save(buffer, "PNG")
+    with Storage("127.0.0.1") as storage:
+        address = storage.put("/photo.png", StoredFile(buffer.getvalue()))
+        monkeypatch.setenv("FLUX_TRUSTED_HOSTS", storage.authority)
+        done = script_predict(tmp_path, "-i", "prompt=x", "-i", f"image={address}", "-i", "prompt_strength=0.2", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "wrote output.0." in done.stdout
+
+
+@pytest.mark.parametrize("scale", [4.0, 9.0, -3.0, 0.7])
+@pytest.mark.parametrize("count", [1, 2])
+def test_scales_that_a_line_and_its_factor_made_are_made_again(tmp_path: Path, scale: float, count: int) -> None:
+    extra = tuple((parse(f"a/b{index}"), scale) for index in range(count))
+    request = replace(request_of(prompt="x", seed=3), loras=((parse("fofr/cars"), 1.0), *extra))
+    file = tmp_path / "image.png"
+    file.write_bytes(
+        encode(Image.new("RGB", (16, 16)), "png", 80, xmp_packet("prompt", request, 0, ["0"] * (1 + count)))
+    )
+    values = parse_inputs([], SCHEMAS, tmp_path, inputs_again(file, []))
+    again = request_of(**{name: values[name] for pair in LORA_INPUTS for name in pair})
+    assert [found for _, found in again.loras] == pytest.approx([1.0] + [scale] * count)
+
+
+def test_what_a_file_says_is_neither_read_from_disk_nor_an_unknown_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    prompt = f"@{tmp_path / 'secret'}"
+    base: dict[str, str | float] = {"reference": "a/b", "scale": 0.125, "sha256": "0"}
+    packet = xmp_packet("prompt", request_of(prompt=prompt, seed=3), 0, [], base)
+    file = tmp_path / "image.png"
+    file.write_bytes(encode(Image.new("RGB", (16, 16)), "png", 80, packet))
+    assert parse_inputs([], SCHEMAS, tmp_path, inputs_again(file, []))["prompt"] == prompt
+    assert 'set FLUX_BASE_LORA to "a/b 0.125"' in capsys.readouterr().err
+
+
 def test_making_again_asks_for_what_the_file_does_not_hold(tmp_path: Path) -> None:
     request = request_of(image=None, seed=3)
     file = tmp_path / "image.png"
     file.write_bytes(encode(Image.new("RGB", (16, 16)), "png", 80, xmp_packet("settings", request, 0, [])))
     with pytest.raises(InputError, match=r"does not hold the prompt. Give -i prompt=\.\.\."):
         inputs_again(file, [])
-    values = dict(inputs_again(file, [("prompt", "a red circle"), ("seed", "9")]))
-    assert (values["prompt"], values["seed"], values["go_fast"]) == ("a red circle", "9", "false")
+    given = [("prompt", "a red circle"), ("seed", "9")]
+    values = parse_inputs(given, SCHEMAS, tmp_path, inputs_again(file, given))
+    assert (values["prompt"], values["seed"], values["go_fast"]) == ("a red circle", 9, False)
     lora = replace(request, loras=((parse("https://a.example/secret/x.safetensors"), 0.5), (parse("fofr/cars"), 1.0)))
     file.write_bytes(encode(Image.new("RGB", (16, 16)), "png", 80, xmp_packet("prompt", lora, 0, ["0", "1"])))
     with pytest.raises(InputError, match=r"does not hold the replicate_weights. Give"):
         inputs_again(file, [])
-    values = dict(inputs_again(file, [("replicate_weights", "a/b")]))
-    assert [values[n] for pair in LORA_INPUTS for n in pair] == ["a/b", "0.5", "replicate.com/fofr/cars", "1.0"]
+    given = [("replicate_weights", "a/b")]
+    values = parse_inputs(given, SCHEMAS, tmp_path, inputs_again(file, given))
+    assert [values[n] for pair in LORA_INPUTS for n in pair] == ["a/b", 0.5, "replicate.com/fofr/cars", 1.0]
     file.write_bytes(encode(Image.new("RGB", (16, 16)), "png", 80))
     with pytest.raises(InputError, match="holds no settings of this predictor"):
         inputs_again(file, [])

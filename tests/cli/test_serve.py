@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -376,6 +377,8 @@ def test_script_serve_gets_ready_uploads_and_stops_cleanly(
     sent = [uri for answer in answers for uri in answer["output"]]
     assert len(set(sent)) == len(received) == 4
     assert all(data.startswith(b"\x89PNG") for data in received.values())
+    numbers = [sorted(uri.rpartition("-")[2] for uri in answer["output"]) for answer in answers]
+    assert numbers == [["0.png", "1.png"]] * 2  # the order in which uploads end is not that of the images
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), 1)
 
@@ -472,7 +475,25 @@ def test_a_signal_ends_an_idle_server_at_once(served: Callable[..., Served], num
     assert server.process.returncode == 0
     assert time.monotonic() - sent < 2  # one second on a quiet machine
     assert output == "stopped\n"
-    assert errors == ""
+    (profile,) = errors.splitlines()
+    assert profile.startswith("profile tiny on cpu: ")
+
+
+def test_a_shutdown_that_a_caller_asks_for_is_no_fault(
+    served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a proxy of the environment is not asked about this machine."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server = served()
+    server.wait_until_ready()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("POST", "/shutdown")
+    assert connection.getresponse().status == 200
+    connection.close()
+    output, errors = server.process.communicate(timeout=30)
+    assert (server.process.returncode, output) == (0, "stopped\n")
+    assert "Error" not in errors
 
 
 def test_a_dead_worker_ends_the_server_with_a_line_and_leaves_nothing(
