@@ -165,6 +165,8 @@ def build_request(
     custom = opened is None and aspect_ratio == "custom"
     if go_fast and custom:
         notes.append("go_fast is not used: a custom size runs in the original precision")
+    if opened is None and not custom and not (width is None and height is None):
+        notes.append(f'width and height are not used: they need aspect_ratio "custom", and it is "{aspect_ratio}"')
     if opened is not None and opened_mask is not None and _is_stretched(opened_mask, opened):
         shapes = f"the mask is {_sides(opened_mask)} and the image {_sides(opened)}"
         notes.append(f"{shapes}: the mask is stretched to the image's shape")

@@ -44,6 +44,12 @@ def test_custom_sides_are_rounded_to_the_nearest_multiple_of_16_ties_up(asked: i
     assert request.size == Size(got, 512)
 
 
+def test_sides_that_are_not_used_are_said_to_be_so() -> None:
+    request = request_of(width=512, height=768, aspect_ratio="3:2")
+    assert request.size == Size(1216, 832)
+    assert request.notes == ('width and height are not used: they need aspect_ratio "custom", and it is "3:2"',)
+
+
 @pytest.mark.parametrize(
     ("sides", "missing"), [({"width": 512}, "height"), ({"height": 512}, "width"), ({}, "width, height")]
 )
