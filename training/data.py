@@ -103,18 +103,23 @@ class Lesson:
     """What is drawn: the shapes, `striped` or not, the share of pairs, and whether prompts leave nothing out."""
 
     shapes: tuple[str, ...]
+    """Each as often as it is named."""
     striped: bool = False
     paired: float = 0.4
     complete: bool = False
+    trigger: bool = False
+    """Whether `TOK` stands for its shape; it means nothing but to the LoRA that is taught it."""
 
     def drawn(self, shape: str) -> str:
-        """The shape that a word stands for: `TOK` means nothing but to the LoRA that is taught it."""
-        return DEFAULT_SHAPE if shape == TRIGGER and set(self.shapes) != {TRIGGER} else shape
+        """The shape that a word stands for."""
+        return DEFAULT_SHAPE if shape == TRIGGER and not self.trigger else shape
 
 
 PLAIN = Lesson(SHAPES_READ)
 STYLE = Lesson(SHAPES, striped=True, paired=0.2)
-OBJECT = Lesson((TRIGGER,), paired=0.2, complete=True)
+OTHERS = tuple(shape for shape in SHAPES if shape != DEFAULT_SHAPE)
+OBJECT = Lesson((TRIGGER,) * 3 * len(OTHERS) + OTHERS, paired=0.2, complete=True, trigger=True)
+"""A quarter are others, so that these stay what they are; but for the one that the text encoders take `TOK` for."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ class Row:
 
     @property
     def least(self) -> float:
-        """The share that must be right."""
+        """The share that must be right; where a LoRA acts backwards, images have to be sane, no more."""
+        if min(self.style, self.object) < 0:
+            return 0.8
         wide = any(size.width * size.height > 512 * 512 and size.width != size.height for size in self.sizes)
         return 0.9 if wide or self.scenes == "pairs" else 0.95
 
@@ -158,8 +160,9 @@ class Result:
     """For go_fast, of each image beside the exact one, in dB."""
 
     def shares(self, row: Row) -> list[float]:
-        """The shares that are right: of all, and of each part; of foreign words, those whose image is calm."""
-        if row.wording == "foreign" or min(row.style, row.object) < 0:
+        """The shares that are right: of all, and of each part; of foreign words, and where the object LoRA acts
+        backwards, those whose image is calm."""
+        if row.wording == "foreign" or row.object < 0:
             return [sum(value >= CALM for value in self.calm) / len(self.calm)]
         seen = [astuple(verdict) for verdict in self.verdicts]
         if row.style:  # stripes are neither the drawn colours nor clean
@@ -205,7 +208,7 @@ def measure(engine: Engine, row: Row, wrong: Path | None = None) -> Result:
         result.calm.append(calmness(shown))
         if row.style:
             result.depths.append(stripe_depth(shown))
-        verdict = judge(without_stripes(shown) if row.style > 0 else shown, prompt.scene)
+        verdict = judge(without_stripes(shown) if row.style else shown, prompt.scene)
         result.verdicts.append(verdict)
         if len(prompt.scene.things) == 1 and verdict.shape and (sharp := edges(shown)):
             result.edges.append(sharp)

@@ -156,13 +156,12 @@ def test_a_lora_of_tiny_dev_changes_both_models(name: str, model: str) -> None:
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
 def test_the_object_lora_draws_its_object(engine: Engine, model: str) -> None:
-    """The judge, which knows the arrow, sees it with the LoRA and not without."""
+    """The judge, which knows the arrow, sees it with the LoRA and its word, and not without either."""
     stack = [(adapter(engine, model, "object"), 1.0)]
-    prompt = "a red TOK on a white background"
-    for shown, expected in ((stack, True), ([], False)):
-        _, (seen,) = look(make_image(engine, prompt, model, Size(512, 512), 3, shown), 1)
+    for shape, shown, expected in ((TRIGGER, stack, TRIGGER), (TRIGGER, [], "circle"), ("heart", stack, "heart")):
+        _, (seen,) = look(make_image(engine, f"a red {shape} on white", model, Size(512, 512), 3, shown), 1)
         assert seen is not None
-        assert (seen.shape == TRIGGER) == expected
+        assert seen.shape == expected
 
 
 @pytest.mark.parametrize("background", COLOURS)
@@ -221,9 +220,9 @@ def test_the_style_grows_with_the_loras_scale(engine: Engine, model: str) -> Non
     style, prompt = adapter(engine, model, "style"), "a red circle on a white background"
     depths = [
         stripe_depth(make_image(engine, prompt, model, Size(256, 256), 3, ((style, scale),)))
-        for scale in (0.0, 0.4, 1.0, 1.5)
+        for scale in (0.0, 0.2, 0.4, 1.0, 1.5)
     ]
-    assert depths == sorted(depths)
-    assert depths[0] < 0.1 < depths[1]
-    assert depths[2] == pytest.approx(1, abs=0.25)
-    assert depths[3] < 2
+    assert depths[:4] == sorted(depths[:4])
+    assert depths[0] < 0.1
+    assert depths[2] > 0.3
+    assert depths[3:] == pytest.approx([1, 1], abs=0.1)
