@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from cli.lora import main
@@ -46,14 +48,18 @@ def as_json(*arguments: object) -> Any:
 
 
 def test_a_lora_is_described() -> None:
-    status, text = printed(LORAS / "tok-style.safetensors")
+    path = LORAS / "tok-style.safetensors"
+    status, text = printed(path)
     assert status == 0
+    factors = {name: tensor.astype(np.float64) for name, tensor in load_file(path).items()}
+    changes = [up @ factors[name.replace("lora_B", "lora_A")] for name, up in factors.items() if "lora_B" in name]
+    norm = math.sqrt(sum(np.square(change).sum() for change in changes))
     for part in (
         "loads          on tiny-dev, tiny-schnell",
         'not            on FLUX.1 [dev]: at "',
         "format         diffusers: LoRA, rank 6",
         "layers         45 of 88 in the transformer",
-        "size           norm 14.8",
+        f"size           norm {norm:.2f} at scale 1",
         "double 0-2     ",
         "note           the file has no alpha: alpha / rank = 1 is assumed",
     ):
